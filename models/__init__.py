@@ -1,0 +1,4 @@
+"""Models to start from, each with the data it is made for."""
+
+if __name__ != "ppl.models":  # a second copy of every model would come of it
+    raise ImportError("this folder is imported as ppl.models: write 'import ppl.models'")
