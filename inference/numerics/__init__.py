@@ -1,0 +1,1 @@
+"""Numerics that backends share: special functions, linear algebra, exponential families."""
