@@ -1,0 +1,436 @@
+"""Bind data to a traced model: plate sizes and labels, memberships, arrays, missing entries, support checks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from ppl.columns import Column, Columns
+from ppl.errors import DataError, nearest
+from ppl.graph import Graph, Variable
+
+Missing = Literal["marginalise", "error"]
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """A graph with its data.
+
+    ``values`` has axes ``plates`` of the variable, then the event; ``masks`` are True where an observed entry is
+    present; ``maps[child, ancestor]`` is the position of each child element's ancestor.
+    """
+
+    graph: Graph
+    values: Mapping[str, Tensor]
+    masks: Mapping[str, Tensor]
+    maps: Mapping[tuple[str, str], Tensor]
+    labels: Mapping[str, Sequence[Any]]
+    dtype: torch.dtype
+    device: torch.device
+    report: tuple[str, ...] = ()
+    columns: Columns = field(default_factory=lambda: Columns(()), repr=False)
+
+    def size(self, plate: str) -> int:
+        """Number of elements of a plate."""
+        size = self.graph.plates[plate].size
+        assert size is not None
+        return size
+
+    def shape(self, variable: Variable) -> tuple[int, ...]:
+        """Shape of a variable's array: plates, then event."""
+        return (*(self.size(p) for p in variable.plates), *variable.event_shape)
+
+
+def bind(
+    graph: Graph,
+    columns: Columns,
+    *,
+    sizes: Mapping[str, int] | None = None,
+    labels: Mapping[str, Sequence[Any]] | None = None,
+    missing: Missing = "marginalise",
+    need_observed: bool = True,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | None = None,
+) -> Bound:
+    """Resolve sizes, labels and memberships, then move every array to the run's dtype and device.
+
+    Raises:
+        DataError: sizes that disagree, unknown labels, a missing site, NaN in a covariate, a value outside a support.
+    """
+    plates = _Plates(graph, columns, sizes or {}, labels or {})
+    graph = replace(graph, plates={n: replace(p, size=plates.sizes[n]) for n, p in graph.plates.items()})
+    place = device or _device(columns)
+    maps = {key: codes.to(place) for key, codes in plates.maps().items()}
+    values: dict[str, Tensor] = {}
+    masks: dict[str, Tensor] = {}
+    report: list[str] = []
+    for variable in graph.role("observed", "given"):
+        if variable.name not in columns:
+            if variable.role == "observed" and need_observed:
+                raise DataError(
+                    f"observe('{variable.name}') at {variable.where}: the data has no such name."
+                    f"{nearest(variable.name, columns)} The data has: {', '.join(columns) or 'nothing'}."
+                )
+            if variable.role == "given":
+                values[variable.name] = _default(graph, variable, dtype, place)
+            continue
+        array = plates.array(variable, columns[variable.name])
+        tensor = array.to(place) if variable.index_of and variable.role == "given" else _numeric(array, dtype, place)
+        _check_shape(graph, variable, tensor)
+        values[variable.name], mask = _check_values(graph, variable, tensor, plates.labels, missing)
+        if mask is not None:
+            masks[variable.name] = mask
+            gone = int((~mask).sum())
+            report.append(f"{gone} of {mask.numel()} entries of '{variable.name}' are missing and were marginalised")
+    report += _unused(graph, columns)
+    return Bound(graph, values, masks, maps, plates.labels, dtype, place, tuple(report), columns)
+
+
+class _Plates:
+    """Sizes, labels and memberships of all plates, from the columns that speak of them."""
+
+    def __init__(
+        self, graph: Graph, columns: Columns, sizes: Mapping[str, int], labels: Mapping[str, Sequence[Any]]
+    ) -> None:
+        self.graph, self.columns = graph, columns
+        for name in (*sizes, *labels):
+            if name not in graph.plates:
+                raise DataError(
+                    f"sizes= and labels= speak of plate '{name}', which the model does not have."
+                    f"{nearest(name, graph.plates)} Plates: {', '.join(graph.plates) or 'none'}."
+                )
+        self.given_labels = labels
+        self.claims: dict[str, list[tuple[int, str]]] = {name: [] for name in graph.plates}
+        self._claim_declared(sizes)
+        self._claim_arrays()
+        self.labels: dict[str, Sequence[Any]] = {}
+        self.sizes: dict[str, int] = {}
+        for name in graph.plates:
+            self.labels[name] = self._labels_of(name)
+            self.sizes[name] = len(self.labels[name])
+        self._lookup = {n: {v: i for i, v in enumerate(ls)} for n, ls in self.labels.items() if not isinstance(ls, range)}
+
+    # ---- sizes ----------------------------------------------------------------------------------------------
+
+    def _claim_declared(self, sizes: Mapping[str, int]) -> None:
+        for name, plate in self.graph.plates.items():
+            if plate.size is not None:
+                self.claims[name].append((plate.size, f"plate('{name}', {plate.size}) at {plate.where}"))
+            if name in sizes:
+                self.claims[name].append((int(sizes[name]), f"sizes={{'{name}': {sizes[name]}}}"))
+            if name in self.given_labels:
+                self.claims[name].append((len(self.given_labels[name]), f"labels of '{name}'"))
+        for variable in self.graph.role("latent", "observed"):  # Categorical(weight, over=plate) fixes the size
+            if variable.index_of and variable.cardinality:
+                claim = (variable.cardinality, f"the categories of '{variable.name}'")
+                self.claims[variable.index_of].append(claim)
+
+    def _claim_arrays(self) -> None:
+        for variable in self.graph.role("observed", "given"):
+            column = self.columns.get(variable.name)
+            if column is None:
+                continue
+            column.event_shape(variable.plates)
+            shape = column.arranged(variable.plates).shape
+            for axis, plate in enumerate(variable.plates):
+                if self._key(column, plate, shape[axis]) is None:
+                    self.claims[plate].append((shape[axis], f"axis {axis} of '{variable.name}'"))
+        for plate in self.graph.plates.values():
+            for name in plate.columns:
+                column = self._membership_column(plate.name, name)
+                if self._key(column, plate.name, len(column.values)) is None:
+                    self.claims[plate.name].append((len(column.values), f"the rows of '{name}'"))
+        for name, claims in self.claims.items():
+            for size, source in claims[1:]:
+                if size != claims[0][0]:
+                    raise DataError(
+                        f"plate '{name}' has two sizes: {claims[0][0]} from {claims[0][1]}, {size} from {source}. "
+                        "Make the arrays agree, or put one of them in a plate of its own."
+                    )
+
+    def _membership_column(self, plate: str, name: str) -> Column:
+        column = self.columns.get(name)
+        if column is None:
+            raise DataError(
+                f"plate '{plate}' lies within another by the data column '{name}', which is not in the data."
+                f"{nearest(name, self.columns)} Add it, or name another: plate('{plate}', within=..., by='column')."
+            )
+        return column
+
+    def _key(self, column: Column, plate: str, rows: int) -> Column | None:
+        """The column that says which element of ``plate`` each row belongs to, when rows are not elements themselves.
+
+        In a data frame that is the column with the plate's name. In a mapping of arrays it must have as many rows as
+        ``column``, more than it has distinct entries.
+        """
+        for name in self._pointers(plate):
+            key = self.columns.beside(column, name)
+            if key is None or key is column or len(key.values) != rows:
+                continue
+            if column.table is not None or len(_distinct(key)) < rows:
+                return key
+        return None
+
+    def _pointers(self, plate: str) -> list[str]:
+        """Names of the columns whose entries are elements of ``plate``."""
+        names = [c for p in self.graph.plates.values() for c, q in zip(p.columns, p.parents, strict=True) if q == plate]
+        names += [v.name for v in self.graph.role("given") if v.index_of == plate]
+        return list(dict.fromkeys([*names, plate]))
+
+    def _labels_of(self, plate: str) -> Sequence[Any]:
+        if plate in self.given_labels:
+            return _unique(plate, list(self.given_labels[plate]))
+        claimed = self.claims[plate][0][0] if self.claims[plate] else None
+        for variable in self.graph.role("observed", "given"):
+            column = self.columns.get(variable.name)
+            if column is not None and column.coords and plate in column.coords and plate in variable.plates:
+                return _unique(plate, list(column.coords[plate]))
+        found = [c for name in self._pointers(plate) for c in self.columns.all(name)]
+        if not found:
+            return self._positions(plate, claimed)
+        return self._from_pointers(plate, found, claimed)
+
+    def _positions(self, plate: str, claimed: int | None) -> Sequence[Any]:
+        if claimed is None:
+            raise DataError(
+                f"plate '{plate}' has no size: no data array varies over it. "
+                f"Give one: plate('{plate}', 10) in the model, or sizes={{'{plate}': 10}}."
+            )
+        return range(claimed)
+
+    def _from_pointers(self, plate: str, found: Sequence[Column], claimed: int | None) -> Sequence[Any]:
+        categories = next((c.categories for c in found if c.categories), None)
+        if categories:
+            return list(categories)
+        distinct = sorted(set().union(*(_distinct(c) for c in found)))
+        if any(c.is_text for c in found):
+            if claimed is not None and claimed != len(distinct):
+                raise DataError(
+                    f"plate '{plate}' has {claimed} elements by {self.claims[plate][0][1]}, but '{found[0].name}' has "
+                    f"{len(distinct)} different labels. Pass labels={{'{plate}': [...]}} in the order of the array."
+                )
+            return distinct
+        if claimed is None:
+            return range(len(distinct)) if distinct == list(range(len(distinct))) else distinct
+        if distinct and (distinct[0] < 0 or distinct[-1] >= claimed):
+            hint = " Positions start at 0: subtract 1." if distinct[0] == 1 and distinct[-1] == claimed else ""
+            raise DataError(
+                f"'{found[0].name}' points into plate '{plate}' of {claimed} elements: expected positions 0 to "
+                f"{claimed - 1}, got {distinct[0]} to {distinct[-1]}.{hint}"
+            )
+        return range(claimed)
+
+    # ---- memberships and arrays -----------------------------------------------------------------------------
+
+    def codes(self, column: Column, plate: str) -> Tensor:
+        """Positions in ``plate`` of a column's entries."""
+        if isinstance(self.labels[plate], range):
+            return torch.as_tensor(column.values).long()
+        lookup = self._lookup[plate]
+        entries = column.values.tolist()
+        flat = np.ravel(np.asarray(entries, dtype=object))
+        unknown = [v for v in dict.fromkeys(flat) if v not in lookup]
+        if unknown:
+            raise DataError(
+                f"'{column.name}': {len(unknown)} labels are not elements of plate '{plate}', the first is {unknown[0]!r}."
+                f"{nearest(str(unknown[0]), map(str, lookup))} Correct them, or extend labels={{'{plate}': [...]}}."
+            )
+        return torch.tensor([lookup[v] for v in flat]).reshape(np.shape(entries))
+
+    def maps(self) -> dict[tuple[str, str], Tensor]:
+        """Positions of every element's parents and further ancestors."""
+        maps: dict[tuple[str, str], Tensor] = {}
+        for plate in self.graph.plates.values():
+            for parent, name in zip(plate.parents, plate.columns, strict=True):
+                column = self._membership_column(plate.name, name)
+                codes = self.codes(column, parent)
+                maps[plate.name, parent] = self._per_element(column, codes, plate.name)
+        for plate in self.graph.plates:
+            for parent in self.graph.ancestors(plate):
+                if (plate, parent) not in maps:
+                    maps[plate, parent] = self._compose(maps, plate, parent)
+        return maps
+
+    def _compose(self, maps: dict[tuple[str, str], Tensor], plate: str, ancestor: str) -> Tensor:
+        via = next(p for p in self.graph.plates[plate].parents if p == ancestor or ancestor in self.graph.ancestors(p))
+        if (via, ancestor) not in maps:
+            maps[via, ancestor] = self._compose(maps, via, ancestor)
+        return maps[via, ancestor][maps[plate, via]]
+
+    def _per_element(self, column: Column, rows: Tensor, plate: str, axis: int = 0) -> Tensor:
+        """One entry an element of ``plate`` from an array with one entry a row; they must agree within an element."""
+        key = self._key(column, plate, rows.shape[axis])
+        if key is None:
+            return rows
+        codes = self.codes(key, plate)
+        moved = rows.movedim(axis, 0)
+        first = torch.full((self.sizes[plate],), -1, dtype=torch.long)
+        first[codes.flip(0)] = torch.arange(len(codes)).flip(0)
+        if bool((first < 0).any()):
+            absent = [self.labels[plate][i] for i in torch.nonzero(first < 0)[:3, 0].tolist()]
+            raise DataError(f"'{column.name}' has no row for {plate} {absent}. Add rows for them, or drop the labels.")
+        same = (moved == moved[first[codes]]) | (moved.isnan() & moved[first[codes]].isnan())
+        bad = torch.nonzero(~same.reshape(len(codes), -1).all(1))
+        if len(bad):
+            row = int(bad[0, 0])
+            label = self.labels[plate][int(codes[row])]
+            raise DataError(
+                f"'{column.name}' is read once for each {plate}, but its rows differ within {plate} {label!r} (row {row}). "
+                f"Read it in the plate of the rows, or make it constant within {plate}."
+            )
+        return moved[first].movedim(0, axis)
+
+    def array(self, variable: Variable, column: Column) -> Tensor:
+        """The array of a variable, one entry an element of its plates."""
+        if variable.index_of is not None and variable.role == "given":
+            array = self.codes(replace(column, values=column.arranged(variable.plates)), variable.index_of)
+        else:
+            arranged = column.arranged(variable.plates)
+            if not isinstance(arranged, Tensor):
+                column.element(variable.plates, torch.float64)  # raises: text used as numbers
+            array = torch.as_tensor(arranged)
+        for axis, plate in enumerate(variable.plates):
+            array = self._per_element(column, array, plate, axis)
+        return array
+
+
+def _device(columns: Columns) -> torch.device:
+    devices = {c.values.device for n in columns for c in columns.all(n) if isinstance(c.values, Tensor)}
+    accelerators = [d for d in devices if d.type != "cpu"]
+    return accelerators[0] if accelerators else torch.device("cpu")
+
+
+def _numeric(array: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return array.to(device) if array.dtype == torch.bool else array.to(device=device, dtype=dtype)
+
+
+def _default(graph: Graph, variable: Variable, dtype: torch.dtype, device: torch.device) -> Tensor:
+    start = 1.0 if variable.initial is None else variable.initial
+    sizes = [graph.plates[p].size for p in variable.plates]
+    element = torch.as_tensor(start, dtype=dtype, device=device)
+    return element.expand(*sizes, *variable.event_shape)  # type: ignore[arg-type]
+
+
+def _distinct(column: Column) -> set[Any]:
+    if isinstance(column.values, Tensor):
+        values = column.values
+        if values.is_floating_point():
+            if not bool((values == values.round()).all()):
+                raise DataError(
+                    f"'{column.name}' names elements of a plate: expected whole numbers or labels, got fractions or NaN. "
+                    "Convert the column, or name another with by=."
+                )
+            values = values.long()
+        return set(torch.unique(values).tolist())
+    return set(np.unique(column.values).tolist())
+
+
+def _unique(plate: str, labels: list[Any]) -> list[Any]:
+    if len(set(labels)) != len(labels):
+        twice = next(v for i, v in enumerate(labels) if v in labels[:i])
+        raise DataError(f"labels of plate '{plate}': {twice!r} stands twice. Labels name elements, so each must be unique.")
+    return labels
+
+
+def _check_shape(graph: Graph, variable: Variable, tensor: Tensor) -> None:
+    sizes = [graph.plates[p].size for p in variable.plates]
+    expected = [*sizes, *variable.event_shape]
+    if list(tensor.shape) == expected:
+        return
+    turned = sorted(map(str, tensor.shape)) == sorted(map(str, expected))
+    remedy = (
+        "Transpose the tensor, or swap the plates in the model."
+        if turned
+        else "Open the plates that the array varies over; give a vector-valued law parameters of the event's shape."
+    )
+    where = ", ".join((variable.role, *(f"plate {p}" for p in variable.plates)))
+    raise DataError(f"'{variable.name}' ({where}): expected shape {expected}, got {list(tensor.shape)}. {remedy}")
+
+
+def _check_values(
+    graph: Graph, variable: Variable, tensor: Tensor, labels: Mapping[str, Sequence[Any]], missing: Missing
+) -> tuple[Tensor, Tensor | None]:
+    """The array with missing entries filled by a legal value, and the mask of present entries."""
+    absent = tensor.isnan() if tensor.is_floating_point() else torch.zeros_like(tensor, dtype=torch.bool)
+    if variable.role == "given":
+        if bool(absent.any()) or bool(torch.isinf(tensor).any()):
+            bad = absent | torch.isinf(tensor)
+            raise DataError(
+                f"'{variable.name}' (given): {int(bad.sum())} entries are NaN or infinite, the first at "
+                f"{_place(variable, bad, labels)}. Drop those rows, fill them in, or give the column a law: "
+                f"latent('{variable.name}', ...)."
+            )
+        return tensor, None
+    if bool(absent.any()):
+        if missing == "error":
+            raise DataError(
+                f"'{variable.name}': {int(absent.sum())} entries are missing, the first at "
+                f"{_place(variable, absent, labels)}. Drop them, or pass missing='marginalise'."
+            )
+        if bool(absent.all()):
+            raise DataError(f"'{variable.name}': every entry is missing. Leave the name out of the data to infer it.")
+        if graph.children(variable.name):
+            raise DataError(
+                f"'{variable.name}': {int(absent.sum())} entries are missing, and {graph.children(variable.name)[0]!r} depends "
+                "on them, so they cannot simply drop out. Drop those rows, or fill them in."
+            )
+    _check_support(variable, tensor, absent, labels)
+    if not bool(absent.any()):
+        return tensor, None
+    return _filled(variable, tensor, absent), ~absent
+
+
+def _check_support(variable: Variable, tensor: Tensor, absent: Tensor, labels: Mapping[str, Sequence[Any]]) -> None:
+    support = variable.support
+    if support is None or support is constraints.dependent or getattr(support, "is_discrete", False) is None:
+        return
+    valid = support.check(tensor if tensor.dtype != torch.bool else tensor.float())
+    event = tensor.ndim - valid.ndim
+    gone = absent.reshape(*valid.shape, -1).any(-1) if event else absent
+    bad = ~(valid | gone)
+    if bool(bad.any()):
+        first = tensor[tuple(torch.nonzero(bad)[0])] if bad.ndim else tensor
+        raise DataError(
+            f"'{variable.name}': {int(bad.sum())} of {bad.numel()} values lie outside the support {support} of its law, "
+            f"the first at {_place(variable, bad, labels)}: {first.tolist()}. Correct the data, or choose another law."
+        )
+
+
+def _filled(variable: Variable, tensor: Tensor, absent: Tensor) -> Tensor:
+    # The filler never reaches a result: its log-density is masked.  It must only be legal, so a present value is used.
+    event = len(variable.event_shape)
+    if event == 0:
+        return torch.where(absent, tensor[~absent][0], tensor)
+    flat, gone = tensor.reshape(-1, *variable.event_shape), absent.reshape(-1, *variable.event_shape)
+    whole = torch.nonzero(~gone.reshape(len(flat), -1).any(1))
+    row = flat[int(whole[0, 0])] if len(whole) else torch.nan_to_num(flat).amax(0)
+    return torch.where(gone, row, flat).reshape(tensor.shape)
+
+
+def _place(variable: Variable, bad: Tensor, labels: Mapping[str, Sequence[Any]]) -> str:
+    if bad.ndim == 0:
+        return "its only entry"
+    position = torch.nonzero(bad)[0].tolist()
+    named = [f"{p} {labels[p][i]!r}" for p, i in zip(variable.plates, position, strict=False)]
+    rest = position[len(variable.plates) :]
+    return ", ".join(named + ([f"position {rest}"] if rest else []))
+
+
+def _unused(graph: Graph, columns: Columns) -> list[str]:
+    used = {v.name for v in graph.variables.values()} | {c for p in graph.plates.values() for c in p.columns}
+    used |= set(graph.plates)
+    unused = [n for n in columns if n not in used and columns[n].table is None]
+    for name in unused:
+        close = nearest(name, [v.name for v in graph.latents])
+        if close:
+            raise DataError(f"the data has '{name}', which the model does not know.{close} Rename it, or leave it out.")
+    return [f"not used: {', '.join(unused)}"] if unused else []
+
+
+__all__ = ["Bound", "Missing", "bind"]
