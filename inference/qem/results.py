@@ -1,0 +1,261 @@
+"""The end of a QEM run: a last weighting with many particles, in replicates, and what is read off it.
+
+The replicates' estimates of the evidence are averaged before the log, and weigh the replicates' moments, so that both
+improve with their number; their spread is the standard error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ppl import marginals as mg
+from ppl.backend import Settings
+from ppl.diagnostics import Diagnostics, pareto_k
+from ppl.errors import UnsupportedError
+from ppl.inference.qem import kernel
+from ppl.inference.qem.blocks import Block, Member, make_blocks
+from ppl.inference.qem.kernel import State, all_arrays, draw_all, param_value, proposal_terms, weigh
+from ppl.inference.qem.options import QEM
+from ppl.inference.qem.problem import (
+    Problem,
+    Weighting,
+    evaluate,
+    final_counts,
+    make_weighting,
+    particle_counts,
+)
+from ppl.inference.qem.proposals import Joint, Particles, Proposal, to_free
+from ppl.marginals import Marginal
+from ppl.posterior import Evidence, Posterior
+from ppl.streams import Streams
+
+
+class Replicate(NamedTuple):
+    """One weighting: its particles, and what they weigh."""
+
+    particles: dict[str, Particles]
+    log_z: Tensor  # []
+    marginals: dict[str, Tensor]  # axis -> [*plates, K]
+
+
+def posterior(problem: Problem, state: State) -> Posterior:
+    """Weigh fresh particles and collect the results."""
+    chosen, agreement = _best_restart(problem, state)
+    counts = final_counts(problem.weighting, problem.options, problem.settings.memory)
+    weighting = make_weighting(problem.bound, problem.blocks, counts, 0, problem.settings.memory)
+    replicates = [_replicate(problem, weighting, chosen, i) for i in range(problem.options.replicates)]
+    log_z = torch.stack([r.log_z for r in replicates])
+    if bool(log_z.isnan().any()) or not bool(log_z.isfinite().any()):
+        from ppl.errors import NumericalError
+
+        raise NumericalError("qem, last weighting: no particle has a finite weight. Run longer, or with more particles.")
+    shares = log_z.softmax(0)
+    marginals = _marginals(weighting, replicates, shares)
+    params = {n: param_value(problem.bound.graph.variables[n], p.free) for n, p in chosen.params.items()}
+    result = Posterior(
+        problem.bound,
+        marginals,
+        method="qem",
+        sampler=_sampler(problem, weighting, chosen, replicates, shares),
+        log_evidence=_evidence(log_z),
+        diagnostics=_diagnostics(weighting, state, marginals, agreement),
+        params=params,
+        seed=problem.settings.streams.seed,
+    )
+    return result
+
+
+def reweight(source: Posterior, particles: int, streams: Streams) -> Posterior:
+    """Any backend's posterior as the proposal of massively parallel importance weighting.
+
+    Each block's joint Gaussian is fitted to joint draws of the posterior.
+    """
+    options = QEM(particles=particles, final_particles=particles)
+    bound = source.bound
+    blocks = make_blocks(bound.graph, options)
+    settings = Settings(streams)
+    sizes = particle_counts(bound, blocks, options, settings)
+    weighting = make_weighting(bound, blocks, sizes, 0, None)
+    problem = Problem(bound, options, settings, weighting, 1)
+    draws = source.samples(4000, seed=streams.seed)
+    proposals = {b.axis: _fitted(problem, b, draws) for b in blocks if not b.enumerated}
+    start = kernel.init(replace(problem, options=replace(options, start="standard")))
+    result = posterior(problem, start._replace(proposals=proposals))
+    result.model, result.why = source.model, f"reweighted from {source.method}"
+    result.params = dict(source.params)
+    return result
+
+
+def _fitted(problem: Problem, block: Block, draws: Mapping[str, Tensor]) -> Proposal:
+    if any(m.family for m in block.members):
+        raise UnsupportedError(f"reweight: {block.names} have proposals of their own families; fit them with method='qem'.")
+    laid = {m.name: kernel._laid_out(m.variable, block, m, draws[m.name]) for m in block.gaussian}
+    free = to_free(block, laid, 1 + len(block.plates))
+    mean = free.mean(0)
+    apart = free - mean
+    if block.dims <= 4 * problem.options.joint_up_to:
+        cov = torch.einsum("n...i,n...j->...ij", apart, apart) / len(free)
+        cov = cov + 1e-10 * torch.diag_embed(cov.diagonal(dim1=-2, dim2=-1))
+    else:
+        cov = apart.square().mean(0)
+    return Proposal(Joint(mean, cov), {})
+
+
+def _replicate(problem: Problem, weighting: Weighting, state: State, number: int) -> Replicate:
+    streams = problem.settings.streams.child(f"replicate {number}")
+    with torch.no_grad():
+        particles = draw_all(weighting, state, streams, problem.options.tails)
+        factors = evaluate(weighting, all_arrays(problem, weighting, particles, state))
+    weights = weigh(weighting, factors, particles)
+    return Replicate(particles, weights.log_z.detach(), {a: w.detach() for a, w in weights.marginals.items()})
+
+
+def _best_restart(problem: Problem, state: State) -> tuple[State, str]:
+    """The restart with the highest evidence, and how far the others agree."""
+    if not problem.weighting.restarts:
+        return state, ""
+    particles = draw_all(problem.weighting, state, problem.settings.streams)
+    factors = evaluate(problem.weighting, all_arrays(problem, problem.weighting, particles, state))
+    log_z = weigh(problem.weighting, factors, particles).log_z
+    best = int(log_z.argmax())
+    proposals = {a: _select(p, best) for a, p in state.proposals.items()}
+    params = {n: kernel.Learned(*(t[best] for t in p)) for n, p in state.params.items()}
+    near = int((log_z > log_z.max() - 3).sum())
+    text = f"{near} of {len(log_z)} restarts reach the best log evidence within 3 nats"
+    return state._replace(proposals=proposals, params=params), text
+
+
+def _select(p: Proposal, restart: int) -> Proposal:
+    joint = None if p.joint is None else Joint(p.joint.mean[restart], p.joint.cov[restart])
+    return Proposal(joint, {n: tuple(m[restart] for m in mean) for n, mean in p.families.items()})
+
+
+# ---- marginals --------------------------------------------------------------------------------------------------
+
+
+def _marginals(weighting: Weighting, replicates: list[Replicate], shares: Tensor) -> dict[str, Marginal]:
+    found: dict[str, Marginal] = {}
+    for block in weighting.blocks:
+        for member in block.members:
+            if block.enumerated:
+                stacked = torch.stack([_in_order(r.marginals[block.axis], block, weighting) for r in replicates])
+                found[member.name] = mg.Table(torch.tensordot(shares, stacked, 1))
+            else:
+                found[member.name] = _weighted(weighting, block, member, replicates, shares)
+    return {v.name: found[v.name] for v in weighting.bound.graph.latents}
+
+
+def _in_order(weights: Tensor, block: Block, weighting: Weighting) -> Tensor:
+    """Marginals ``[*plates, K]`` with the plates in the order of the block."""
+    canonical = [p for p in weighting.bound.graph.plates if p in block.plates]
+    return weights.permute(*(canonical.index(p) for p in block.plates), weights.ndim - 1)
+
+
+def _weighted(
+    weighting: Weighting, block: Block, member: Member, replicates: list[Replicate], shares: Tensor
+) -> mg.Weighted:
+    points, weights = [], []
+    for share, r in zip(shares, replicates, strict=True):
+        value = r.particles[block.axis].values[member.name]
+        points.append(_variable_order(value, block, member))
+        w = share * _in_order(r.marginals[block.axis], block, weighting).movedim(-1, 0)
+        weights.append(_over_plates(w, block, member))
+    return mg.Weighted(torch.cat(points), torch.cat(weights))
+
+
+def _variable_order(value: Tensor, block: Block, member: Member) -> Tensor:
+    """``[K, *plates of the variable, *event]`` from ``[*block plates, K, *collapsed, *event]``."""
+    lead = len(block.plates)
+    have = (*block.plates, *member.collapsed)
+    value = value.movedim(lead, 0)
+    return value.permute(0, *(1 + have.index(p) for p in member.variable.plates), *range(1 + len(have), value.ndim))
+
+
+def _over_plates(w: Tensor, block: Block, member: Member) -> Tensor:
+    """Weights ``[K, *plates of the variable]``: collapsed plates share theirs."""
+    have = (*block.plates, *member.collapsed)
+    w = w.reshape(*w.shape, *(1,) * len(member.collapsed)).expand(*w.shape, *member.sizes)
+    return w.permute(0, *(1 + have.index(p) for p in member.variable.plates))
+
+
+def _evidence(log_z: Tensor) -> Evidence:
+    n = len(log_z)
+    relative = (log_z - log_z.max()).exp()
+    value = float(log_z.max() + relative.mean().log())
+    se = float(relative.std() / relative.mean() / math.sqrt(n)) if n > 1 else math.nan
+    return Evidence(value, se, "estimate")
+
+
+def _diagnostics(
+    weighting: Weighting, state: State, marginals: Mapping[str, Marginal], agreement: str
+) -> Diagnostics:
+    ess, tails = {}, {}
+    for name, m in marginals.items():
+        if isinstance(m, mg.Weighted):
+            ess[name] = 1.0 / m.weights.square().sum(0)
+            tails[name] = pareto_k(m.weights.clamp(min=1e-300).log().movedim(0, -1))
+    warnings = []
+    if state.bridge < 1:
+        warnings.append(f"the weights are still tempered (exponent {state.bridge:.2g} of 1)")
+    notes: dict[str, object] = {"plan": str(weighting.plan), "particles": dict(weighting.sizes)}
+    if agreement:
+        notes["restarts"] = agreement
+    return Diagnostics(ess, tails, True, state.iteration, 0.0, tuple(warnings), notes)
+
+
+# ---- joint draws ------------------------------------------------------------------------------------------------
+
+
+def _sampler(
+    problem: Problem, weighting: Weighting, state: State, replicates: list[Replicate], shares: Tensor
+) -> Any:
+    def sample(n: int, streams: Streams) -> dict[str, Tensor]:
+        generator = streams.of("joint draws")
+        counts = torch.bincount(
+            torch.multinomial(shares.cpu(), n, replacement=True, generator=generator), minlength=len(replicates)
+        )
+        parts = [
+            _draw_from(problem, weighting, state, r, int(c), generator)
+            for r, c in zip(replicates, counts, strict=True)
+            if c > 0
+        ]
+        shuffled = torch.randperm(n, generator=generator)
+        return {name: torch.cat([p[name] for p in parts])[shuffled] for name in parts[0]}
+
+    return sample
+
+
+def _draw_from(
+    problem: Problem, weighting: Weighting, state: State, r: Replicate, n: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    with torch.no_grad():
+        factors = evaluate(weighting, all_arrays(problem, weighting, r.particles, state))
+        indices = weighting.plan.draw(factors + proposal_terms(weighting, r.particles), n, generator)
+    drawn: dict[str, Tensor] = {}
+    for block in weighting.blocks:
+        index = indices[block.axis]  # [n, *plates in the order of the graph]
+        canonical = [p for p in weighting.bound.graph.plates if p in block.plates]
+        index = index.permute(0, *(1 + canonical.index(p) for p in block.plates))
+        for member in block.members:
+            if block.enumerated:
+                drawn[member.name] = index.to(problem.bound.dtype)
+            else:
+                value = r.particles[block.axis].values[member.name]
+                drawn[member.name] = _picked(value, index, block, member)
+    return drawn
+
+
+def _picked(value: Tensor, index: Tensor, block: Block, member: Member) -> Tensor:
+    lead = len(block.plates)
+    moved = value.movedim(lead, 0)  # [K, *block plates, *collapsed, *event]
+    rest = moved.ndim - 1 - lead
+    wide = index.reshape(*index.shape, *(1,) * rest).expand(*index.shape, *moved.shape[1 + lead :])
+    taken = moved.gather(0, wide)
+    have = (*block.plates, *member.collapsed)
+    return taken.permute(0, *(1 + have.index(p) for p in member.variable.plates), *range(1 + len(have), taken.ndim))

@@ -1,0 +1,381 @@
+"""The steps of a contraction plan: what is computed, from which slots, and how its indices are drawn back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ppl.inference import chains
+from ppl.inference.layout import Chain, Context, Layout, Term
+from ppl.inference.logspace import draw_categorical, log_matmul, log_sum_product, wide
+
+Slots = list[Tensor | None]
+Chosen = dict[str, Tensor]  # particle axis -> long [n, *innermost plates of its context]
+
+
+class IndexCache:
+    """A long tensor kept on every device that asked for it."""
+
+    def __init__(self, index: Tensor) -> None:
+        self.by_device = {index.device: index}
+
+    def on(self, device: torch.device) -> Tensor:
+        if device not in self.by_device:
+            self.by_device[device] = next(iter(self.by_device.values())).to(device)
+        return self.by_device[device]
+
+
+@dataclass(kw_only=True, eq=False)
+class Step:
+    """Reads ``inputs``, writes the slot of ``output``; ``joint`` are the axes of its largest array."""
+
+    layout: Layout
+    inputs: tuple[Term, ...]
+    output: Term
+    joint: tuple[str, ...] = ()
+    elements: int = 0  # entries of the largest array it makes
+    work: int = 0  # additions and exponentials, about
+
+    def __call__(self, slots: Slots) -> None:
+        slots[self.output.slot] = self.compute(*[slots[term.slot] for term in self.inputs])
+
+    def compute(self, *tensors: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def draw(self, slots: Slots, chosen: Chosen, n: int, generator: torch.Generator | None) -> None:
+        """Add the axes that this step summed to ``chosen``; nothing for a step that summed none."""
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__.lower()} -> [{', '.join(self.output.axes)}]"
+
+
+def _aligned(axes: Sequence[str], sizes: Mapping[str, int], onto: Sequence[str]) -> tuple[int, ...]:
+    return tuple(sizes[a] if a in axes else 1 for a in onto)
+
+
+@dataclass(kw_only=True, eq=False)
+class Combine(Step):
+    """Add one or two factors and sum ``summed`` out by log-sum-exp, through the joint array."""
+
+    summed: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        self.joint = self.layout.canonical(a for t in self.inputs for a in t.axes)
+        self.elements = self.work = math.prod(self.layout.shape(self.joint))
+        self.shapes = [_aligned(t.axes, self.layout.size_of, self.joint) for t in self.inputs]
+        self.dims = tuple(self.joint.index(a) for a in self.summed)
+
+    def compute(self, *tensors: Tensor) -> Tensor:
+        first, *rest = [t.reshape(shape) for t, shape in zip(tensors, self.shapes, strict=True)]
+        return log_sum_product(first, rest[0] if rest else first.new_zeros(()), self.dims)
+
+    def draw(self, slots: Slots, chosen: Chosen, n: int, generator: torch.Generator | None) -> None:
+        if not self.summed:
+            return
+        context, layout = self.output.context, self.layout
+        parts = [
+            selected(slots[t.slot], t.axes, layout, context, self.summed, chosen) for t in self.inputs
+        ]
+        logits = sum(parts[1:], parts[0])
+        plates = layout.shape(layout.innermost(context))
+        states = layout.shape(self.summed)
+        flat = logits.expand(len(logits), *plates, *states).flatten(1 + len(plates))
+        unravel(draw_categorical(flat, n, generator), self.summed, states, chosen)
+
+    def __str__(self) -> str:
+        return f"{'sum ' + ', '.join(self.summed) if self.summed else 'add'} -> [{', '.join(self.output.axes)}]"
+
+
+@dataclass(kw_only=True, eq=False)
+class Product(Combine):
+    """The same for two factors as a batched matrix product, which never holds the joint array."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sizes, (a, b) = self.layout.size_of, self.inputs
+        both = [x for x in a.axes if x in b.axes and x not in self.summed]
+        left = [x for x in a.axes if x not in b.axes]
+        right = [x for x in b.axes if x not in a.axes]
+        self.order_a = [a.axes.index(x) for x in (*both, *left, *self.summed)]
+        self.order_b = [b.axes.index(x) for x in (*both, *self.summed, *right)]
+        count = [math.prod(sizes[x] for x in part) for part in (both, left, self.summed, right)]
+        self.shape_a, self.shape_b = count[:3], [count[0], count[2], count[3]]
+        made = [*both, *left, *right]
+        self.shape_out = [sizes[x] for x in made]
+        self.order_out = [made.index(x) for x in self.output.axes]
+        self.elements = count[0] * max(count[1] * count[2], count[2] * count[3], count[1] * count[3])
+
+    def compute(self, *tensors: Tensor) -> Tensor:
+        a = tensors[0].permute(self.order_a).reshape(self.shape_a)
+        b = tensors[1].permute(self.order_b).reshape(self.shape_b)
+        return log_matmul(a, b).reshape(self.shape_out).permute(self.order_out)
+
+    def __str__(self) -> str:
+        return super().__str__() + " (matrix product)"
+
+
+@dataclass(kw_only=True, eq=False)
+class Lift(Step):
+    """Repeat a factor over the elements of ``plate`` through their membership in ``ancestors``."""
+
+    plate: str
+    ancestors: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        axes = self.inputs[0].axes
+        rest = [a for a in axes if a not in self.ancestors]
+        self.order = [axes.index(a) for a in (*self.ancestors, *rest)]
+        self.rest_axes = rest
+        self.order_out = [(self.plate, *rest).index(a) for a in self.output.axes]
+        self.index = IndexCache(self.layout.joint_member(self.plate, self.ancestors))
+        self.joint = self.output.axes
+        self.elements = self.work = math.prod(self.layout.shape(self.joint))
+
+    def compute(self, *tensors: Tensor) -> Tensor:
+        moved = tensors[0].permute(self.order).flatten(0, len(self.ancestors) - 1)
+        return moved.index_select(0, self.index.on(moved.device)).permute(self.order_out)
+
+
+@dataclass(kw_only=True, eq=False)
+class Weigh(Step):
+    """Multiply a log-factor by the number of elements of ``plate`` in each element of ``ancestors``."""
+
+    plate: str
+    ancestors: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        self.joint = self.output.axes
+        self.elements = self.work = math.prod(self.layout.shape(self.joint))
+        cells = math.prod(self.layout.shape(self.ancestors))
+        member = self.layout.joint_member(self.plate, self.ancestors)
+        count = torch.bincount(member, minlength=cells).reshape(self.layout.shape(self.ancestors))
+        order = [self.ancestors.index(a) for a in self.joint if a in self.ancestors]
+        self.count = IndexCache(
+            count.permute(order).reshape(_aligned(self.ancestors, self.layout.size_of, self.joint))
+        )
+        self.shape = _aligned(self.inputs[0].axes, self.layout.size_of, self.joint)
+
+    def compute(self, *tensors: Tensor) -> Tensor:
+        x, count = tensors[0].reshape(self.shape), self.count.on(tensors[0].device)
+        if bool((self.count.on(torch.device("cpu")) > 0).all()):
+            return x * count
+        return torch.where(count > 0, x, 0.0) * count  # no element: 0, even where the factor is -inf
+
+
+@dataclass(kw_only=True, eq=False)
+class Reduce(Step):
+    """Multiply a factor over the elements of ``plate``: sum its logs, within each element of ``targets``."""
+
+    plate: str
+    targets: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        axes = self.inputs[0].axes
+        self.joint = axes
+        self.elements = math.prod(self.layout.shape(self.output.axes))
+        self.work = math.prod(self.layout.shape(axes))
+        self.dim = axes.index(self.plate)
+        rest = [a for a in axes if a != self.plate]
+        self.cells = math.prod(self.layout.shape(self.targets))
+        self.index = IndexCache(self.layout.joint_member(self.plate, self.targets))
+        made = (*self.targets, *rest)
+        self.shape_out = [self.layout.size_of[a] for a in made]
+        self.order_out = [made.index(a) for a in self.output.axes]
+
+    def compute(self, *tensors: Tensor) -> Tensor:
+        x = tensors[0]
+        if not self.targets:
+            return x.sum(self.dim, dtype=torch.float64).to(x.dtype)
+        logs = wide(x.movedim(self.dim, 0))
+        zeros = logs.new_zeros((self.cells, *logs.shape[1:]))
+        total = zeros.index_add(0, self.index.on(x.device), logs)
+        return total.to(x.dtype).reshape(self.shape_out).permute(self.order_out)
+
+    def __str__(self) -> str:
+        within = f" within {', '.join(self.targets)}" if self.targets else ""
+        return f"multiply over {self.plate}{within} -> [{', '.join(self.output.axes)}]"
+
+
+@dataclass(kw_only=True, eq=False)
+class Pad(Step):
+    """Give a transition factor an element for the first state, whose previous state is a dummy.
+
+    With ``normalised``, the dummy states get weights that sum to one; otherwise weight one each.
+    """
+
+    chain: Chain
+    normalised: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        self.joint = self.output.axes
+        self.elements = self.work = math.prod(self.layout.shape(self.joint))
+        self.weight = -math.log(math.prod(self.layout.shape(self.normalised)))
+        self.has_plate = self.chain.plate in self.inputs[0].axes
+        self.dim = self.joint.index(self.chain.plate)
+        self.length = self.layout.size_of[self.chain.plate]
+
+    def compute(self, *tensors: Tensor) -> Tensor:
+        step = tensors[0]
+        if not self.has_plate:
+            step = step.unsqueeze(self.dim)
+            step = step.expand(*step.shape[: self.dim], self.length - 1, *step.shape[self.dim + 1 :])
+        shape = list(step.shape)
+        shape[self.dim] = 1
+        return torch.cat([step.new_full(shape, self.weight), step], self.dim)
+
+
+@dataclass(kw_only=True, eq=False)
+class ChainSum(Step):
+    """Sum over all paths of one or several coupled chains along one plate.
+
+    The state is the tuple of the chains' particle indices, flattened.
+    """
+
+    chains: tuple[Chain, ...]
+    tree: bool
+
+    def __post_init__(self) -> None:
+        self.plate = self.chains[0].plate
+        self.states = tuple(c.axis for c in self.chains)
+        self.previous = tuple(c.previous for c in self.chains)
+        self.firsts = tuple(c.first for c in self.chains)
+        self.outer = self.output.axes
+        self.size = math.prod(self.layout.shape(self.states))
+        self.length = self.layout.size_of[self.plate]
+        self.joint = (*self.outer, self.plate, *self.previous, *self.states)
+        cells = math.prod(self.layout.shape(self.outer)) * max(self.length - 1, 1)
+        self.elements = cells * self.size**2
+        self.work = self.elements * (self.size if self.tree else 1)
+
+    def compute(self, *tensors: Tensor) -> Tensor:
+        parts = self._parts(tensors)
+        total = chains.tree(*parts) if self.tree else chains.scan(*parts)
+        return total.expand(self.layout.shape(self.outer))
+
+    def _parts(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """First [*outer, S], unary [*outer, T, S], step [*outer, T - 1, S, S] or None for T = 1."""
+        first = tensors[0].new_zeros(self.size)
+        unary = tensors[0].new_zeros((self.length, self.size))
+        step = tensors[0].new_zeros((self.length - 1, self.size, self.size))
+        for term, tensor in zip(self.inputs, tensors, strict=True):
+            if set(term.axes) & set(self.previous):
+                head, tail = self._transition(term, tensor)
+                step = step + tail
+                first = first if head is None else first + head
+            elif self.plate in term.context:
+                unary = unary + self._flat(term, tensor, self.states, (self.plate,))
+            else:
+                first = first + self._flat(term, tensor, self.firsts, ())
+        return first, unary, step if self.length > 1 else None
+
+    def _transition(self, term: Term, tensor: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The transition of t >= 1 and, of a padded factor, what it says of the first state."""
+        front = (*self.outer, self.plate)
+        onto = (*front, *self.previous, *self.states)
+        aligned = self._align(term, tensor, onto)
+        if self.plate not in term.axes or tensor.shape[term.axes.index(self.plate)] < self.length:
+            return None, self._square(aligned, len(front))
+        dim, width = len(self.outer), len(self.states)
+        dummy = tuple(range(dim, dim + width))
+        head = log_sum_product(aligned.select(dim, 0), aligned.new_zeros(()), dummy)
+        sizes = self.layout.shape(self.states)
+        head = head.expand(*head.shape[:dim], *sizes).flatten(-width)
+        return head, self._square(aligned.narrow(dim, 1, self.length - 1), len(front))
+
+    def _square(self, aligned: Tensor, front: int) -> Tensor:
+        sizes = self.layout.shape(self.states)
+        full = aligned.expand(*aligned.shape[:front], *sizes, *sizes)
+        return full.reshape(*aligned.shape[:front], self.size, self.size)
+
+    def _align(self, term: Term, tensor: Tensor, onto: Sequence[str]) -> Tensor:
+        order = sorted(range(len(term.axes)), key=lambda i: onto.index(term.axes[i]))
+        shape = [tensor.shape[term.axes.index(a)] if a in term.axes else 1 for a in onto]
+        return tensor.permute(order).reshape(shape)
+
+    def _flat(self, term: Term, tensor: Tensor, states: tuple[str, ...], plate: tuple[str, ...]) -> Tensor:
+        onto = (*self.outer, *plate, *states)
+        aligned = self._align(term, tensor, onto)
+        front = aligned.shape[: -len(states)]
+        return aligned.expand(*front, *self.layout.shape(states)).reshape(*front, self.size)
+
+    def draw(self, slots: Slots, chosen: Chosen, n: int, generator: torch.Generator | None) -> None:
+        first, unary, step = self._parts([slots[t.slot] for t in self.inputs])
+        context, layout, outer = self.output.context, self.layout, self.outer
+
+        def pick(x: Tensor, ends: tuple[str, ...], keep: str, given: Chosen) -> Tensor:
+            padded = x.reshape((1,) * (len(outer) + len(ends) - x.ndim) + x.shape)
+            return selected(padded, (*outer, *ends), layout, context, (keep,), given)
+
+        def into(t: int, state: Tensor) -> Tensor:
+            return pick(step[..., t - 1, :, :], ("@from", "@to"), "@from", {**chosen, "@to": state})
+
+        messages = [pick(m, ("@to",), "@to", chosen) for m in chains.filtered(first, unary, step)]
+        plates = layout.shape(layout.innermost(context))
+        messages = [m.expand(len(m), *plates, self.size) for m in messages]
+        path = chains.draw_backward(messages, into, n, generator)
+        place = 1 + layout.innermost(context | {self.plate}).index(self.plate)
+        sizes = layout.shape(self.states)
+        unravel(path[..., 0], self.firsts, sizes, chosen)
+        unravel(path.movedim(-1, place), self.states, sizes, chosen)
+        before = torch.cat([torch.zeros_like(path[..., :1]), path[..., :-1]], -1)
+        unravel(before.movedim(-1, place), self.previous, sizes, chosen)
+
+
+def unravel(flat: Tensor, axes: Sequence[str], sizes: Sequence[int], chosen: Chosen) -> None:
+    """Split row-major indices over several axes and put them into ``chosen``."""
+    rest = flat
+    for axis, size in zip(reversed(axes), reversed(sizes), strict=True):
+        chosen[axis] = rest % size
+        rest = rest // size
+
+
+def selected(
+    log: Tensor,
+    axes: tuple[str, ...],
+    layout: Layout,
+    context: Context,
+    keep: tuple[str, ...],
+    chosen: Chosen,
+) -> Tensor:
+    """Index a factor at the chosen particles, for every draw and every plate element of a context.
+
+    Dimensions of length 1 stand for a factor that is constant along the axis.
+
+    Returns:
+        ``[n or 1, *plates or 1, *keep]``, plates being the innermost ones of ``context``.
+    """
+    front = [a for a in axes if a not in keep]
+    kept = [a for a in keep if a in axes]
+    moved = log.permute([axes.index(a) for a in (*front, *kept)])
+    where = [_coordinate(a, layout, context, chosen).to(log.device) for a in front]
+    index = tuple(w if moved.shape[i] > 1 else torch.zeros_like(w) for i, w in enumerate(where))
+    plates = (1,) * (1 + len(layout.innermost(context)))
+    out = moved[index] if index else moved.reshape(plates + moved.shape)
+    ends = [log.shape[axes.index(a)] if a in axes else 1 for a in keep]
+    return out.reshape(*out.shape[: out.ndim - len(kept)], *ends)
+
+
+def _coordinate(axis: str, layout: Layout, context: Context, chosen: Chosen) -> Tensor:
+    """Element or particle of ``axis`` at every ``[draw, *plates]`` of the context."""
+    plates = layout.innermost(context)
+    if axis in layout.plates:
+        return _along(layout, context, axis).unsqueeze(0)
+    index = chosen[axis]
+    if axis not in layout.context_of:  # a flattened state, already on the plates of the context
+        return index
+    owners = layout.innermost(layout.context_of[axis])
+    if owners == plates:
+        return index
+    draws = torch.arange(len(index)).reshape(-1, *[1] * len(plates))
+    return index[(draws.to(index.device), *[_along(layout, context, p).to(index.device) for p in owners])]
+
+
+def _along(layout: Layout, context: Context, plate: str) -> Tensor:
+    plates = layout.innermost(context)
+    carrier = layout.carrier(context, plate)
+    return layout.member(carrier, plate).reshape([-1 if p == carrier else 1 for p in plates])
+

@@ -1,0 +1,139 @@
+"""What a backend is, how one is found by name, and how its options are read.
+
+A backend is a module with six names: ``Options``, ``supports``, ``prepare``, ``init``, ``step``, ``posterior``.
+The language never imports one; it is looked up here on first use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from ppl.binding import Bound
+from ppl.errors import ModelError, UnsupportedError, nearest
+from ppl.graph import Graph
+from ppl.posterior import Posterior
+from ppl.streams import Streams
+
+_REGISTRY: dict[str, str] = {
+    "exact": "ppl.inference.exact",
+    "qem": "ppl.inference.qem",
+}
+_PLANNED = ("gbp", "amp", "ssvi", "laplace", "vi", "rws")
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a backend cannot fit a model: the site, what is wrong there, and the remedy."""
+
+    site: str
+    problem: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        place = f"'{self.site}': " if self.site else ""
+        return f"{place}{self.problem}" + (f" {self.remedy}" if self.remedy else "")
+
+
+class Info(NamedTuple):
+    """What a person wants to see of one step."""
+
+    metrics: Mapping[str, float]  # kept in posterior.trace, a number a step each
+    done: bool = False  # the backend knows that it has finished
+    # Quantities whose block means must settle before the run counts as converged, and the spread to measure them by.
+    watch: torch.Tensor | None = None
+    unit: torch.Tensor | None = None
+    ready: bool = True  # False while the run is still warming up and must not stop
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What ``infer`` passes on to every backend."""
+
+    streams: Streams
+    restarts: int = 1
+    memory: int | None = None  # bytes
+    max_iters: int | None = None
+    tol: float | None = None
+    minibatch: Mapping[str, int] | None = None
+    prior: Posterior | None = None
+
+
+class Backend(Protocol):
+    """The six names of a backend module."""
+
+    Options: type
+
+    def supports(self, graph: Graph) -> list[Reason]: ...
+    def prepare(self, bound: Bound, options: Any, settings: Settings) -> Any: ...
+    def init(self, problem: Any) -> Any: ...
+    def step(self, problem: Any, state: Any, batch: Any) -> tuple[Any, Info]: ...
+    def posterior(self, problem: Any, state: Any) -> Posterior: ...
+
+
+def register(name: str, module: str) -> None:
+    """Make a backend known under a name: ``ppl.register("mine", "package.module")``.
+
+    A distribution can do the same with an entry point in the group ``ppl.backends``.
+    """
+    _REGISTRY[name] = module
+
+
+def names() -> tuple[str, ...]:
+    """Every backend that can be asked for."""
+    found = {e.name: e.value for e in entry_points(group="ppl.backends")}
+    return tuple(dict.fromkeys((*_REGISTRY, *found)))
+
+
+def load(name: str) -> Backend:
+    """Import a backend.
+
+    Raises:
+        UnsupportedError: there is none of that name.
+    """
+    module = _REGISTRY.get(name)
+    if module is None:
+        found = {e.name: e.value for e in entry_points(group="ppl.backends")}
+        module = found.get(name)
+    if module is None:
+        planned = " It is planned, but not part of this version." if name in _PLANNED else ""
+        raise UnsupportedError(
+            f"there is no method {name!r}.{planned}{nearest(name, names())} Known: auto, {', '.join(names())}."
+        )
+    return importlib.import_module(module)  # type: ignore[return-value]
+
+
+def resolve(method: Any, options: Mapping[str, Any]) -> tuple[str, Backend, Any]:
+    """Name, module and options record for ``method="qem", particles=30`` or ``method=QEM(particles=30)``."""
+    if isinstance(method, str):
+        backend = load(method)
+        return method, backend, make_options(method, backend.Options, options)
+    for name in names():
+        backend = load(name)
+        if isinstance(method, backend.Options):
+            if options:
+                raise ModelError(
+                    f"options {sorted(options)} stand beside method={type(method).__name__}(...). Put them inside it."
+                )
+            return name, backend, method
+    raise ModelError(
+        f"method: expected a name or an options record of a backend, got {type(method).__name__}. "
+        f"Names: auto, {', '.join(names())}."
+    )
+
+
+def make_options(name: str, kind: Callable[..., Any], options: Mapping[str, Any]) -> Any:
+    """Build an options record; an unknown option is refused with the nearest spelling."""
+    known = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for option in options:
+        if option not in known:
+            raise ModelError(
+                f"method {name!r} has no option {option!r}.{nearest(option, known)} Options: {', '.join(known)}."
+            )
+    return kind(**options)

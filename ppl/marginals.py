@@ -1,0 +1,103 @@
+"""What a posterior knows of one site: weighted points, a Gaussian, or a table of probabilities.
+
+All three answer the same questions; shapes are ``[*plates, *event]``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Weighted(NamedTuple):
+    """Weighted points, as importance sampling leaves them."""
+
+    points: Tensor  # [S, *plates, *event]
+    weights: Tensor  # [S, *plates], sums to one over S
+
+
+class Gaussian(NamedTuple):
+    """Independent Gaussians, or the diagonal of a joint one."""
+
+    loc: Tensor  # [*plates, *event]
+    scale: Tensor  # [*plates, *event]
+
+
+class Table(NamedTuple):
+    """A finite discrete site: the probability of each of its values 0, 1, ..., V-1."""
+
+    table: Tensor  # [*plates, V]
+
+
+Marginal = Weighted | Gaussian | Table
+KINDS = {"weighted": Weighted, "gaussian": Gaussian, "table": Table}
+
+
+def mean(m: Marginal) -> Tensor:
+    """Posterior mean ``[*plates, *event]``.
+
+    >>> mean(Weighted(torch.tensor([0.0, 1.0]), torch.tensor([0.25, 0.75])))
+    tensor(0.7500)
+    """
+    if isinstance(m, Gaussian):
+        return m.loc
+    if isinstance(m, Table):
+        return (m.table * _values(m)).sum(-1)
+    return (_spread_weights(m) * m.points).sum(0)
+
+
+def sd(m: Marginal) -> Tensor:
+    """Posterior standard deviation ``[*plates, *event]``."""
+    if isinstance(m, Gaussian):
+        return m.scale
+    if isinstance(m, Table):
+        values = _values(m)
+        centre = mean(m).unsqueeze(-1)
+        return (m.table * (values - centre).square()).sum(-1).sqrt()
+    return (_spread_weights(m) * (m.points - mean(m)).square()).sum(0).sqrt()
+
+
+def quantile(m: Marginal, q: Tensor) -> Tensor:
+    """Quantiles ``[Q, *plates, *event]`` for levels ``q`` of shape ``[Q]``."""
+    levels = q.reshape(-1, *(1,) * mean(m).ndim)
+    if isinstance(m, Gaussian):
+        return m.loc + m.scale * torch.special.ndtri(levels)
+    if isinstance(m, Table):
+        reached = m.table.cumsum(-1).unsqueeze(0) >= levels.unsqueeze(-1) - 1e-12
+        return reached.to(torch.int8).argmax(-1).to(m.table.dtype)
+    return _weighted_quantile(m, q)
+
+
+def _weighted_quantile(m: Weighted, q: Tensor) -> Tensor:
+    # Midpoint rule: the i-th smallest point stands at the middle of its share of the total weight; linear in between.
+    points, order = m.points.sort(0)
+    weights = _spread_weights(m).expand_as(m.points).gather(0, order)
+    level = (weights.cumsum(0) - weights / 2).movedim(0, -1).contiguous()
+    at = points.movedim(0, -1)
+    wanted = q.to(level).expand(*level.shape[:-1], len(q)).contiguous()
+    right = torch.searchsorted(level, wanted).clamp(1, level.shape[-1] - 1)
+    low, high = level.gather(-1, right - 1), level.gather(-1, right)
+    share = ((wanted - low) / (high - low).clamp(min=1e-300)).clamp(0, 1)
+    left_point = at.gather(-1, right - 1)
+    return (left_point + share * (at.gather(-1, right) - left_point)).movedim(-1, 0)
+
+
+def probs(m: Marginal, values: int | None = None) -> Tensor:
+    """Probabilities ``[*plates, V]`` of a discrete site's values 0, 1, ..., V-1."""
+    if isinstance(m, Table):
+        return m.table
+    if isinstance(m, Gaussian):
+        raise ValueError("a continuous site has no table of probabilities")
+    top = int(m.points.max().item()) + 1 if values is None else values
+    hits = m.points.unsqueeze(-1) == torch.arange(top, dtype=m.points.dtype, device=m.points.device)
+    return (_spread_weights(m).unsqueeze(-1) * hits).sum(0)
+
+
+def _spread_weights(m: Weighted) -> Tensor:
+    return m.weights.reshape(*m.weights.shape, *(1,) * (m.points.ndim - m.weights.ndim))
+
+
+def _values(m: Table) -> Tensor:
+    return torch.arange(m.table.shape[-1], dtype=m.table.dtype, device=m.table.device)

@@ -1,0 +1,251 @@
+"""The result of ``infer``: one class for every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ppl import marginals as mg
+from ppl.binding import Bound
+from ppl.diagnostics import Diagnostics, LooResult
+from ppl.errors import DataError, UnsupportedError, nearest
+from ppl.marginals import Marginal
+from ppl.streams import Streams
+
+if TYPE_CHECKING:
+    from ppl.model import Model
+    from ppl.plots import Plots
+
+Sampler = Callable[[int, Streams], Mapping[str, Tensor]]
+
+
+class Evidence(NamedTuple):
+    """Log of the probability of the data, in nats."""
+
+    value: float
+    se: float  # standard error; 0 when exact
+    kind: str  # "exact", "estimate" (unbiased before the log), "bound", "Bethe" or "Laplace"
+
+    def __str__(self) -> str:
+        spread = "" if self.se == 0 else f" ± {self.se:.2g}"
+        return f"{self.value:.2f}{spread} ({self.kind})"
+
+
+class Posterior:
+    """What is known after the fit. Sites are addressed by name; tensors are ``[*plates, *event]``.
+
+    Attributes:
+        method: name of the backend; ``why`` says how it was chosen.
+        log_evidence: :class:`Evidence`, or None when the backend has none.
+        trace: a tensor ``[steps]`` for each metric.
+        diagnostics: effective sample sizes, Pareto k, convergence, warnings.
+    """
+
+    def __init__(
+        self,
+        bound: Bound,
+        marginals: Mapping[str, Marginal],
+        *,
+        method: str,
+        sampler: Sampler,
+        log_evidence: Evidence | None = None,
+        diagnostics: Diagnostics | None = None,
+        params: Mapping[str, Tensor] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.bound = bound
+        self.marginals = dict(marginals)
+        self.method = method
+        self.why = "asked for by name"
+        self.log_evidence = log_evidence
+        self.diagnostics = diagnostics or Diagnostics({}, {}, True, 0, 0.0, (), {})
+        self.trace: dict[str, Tensor] = {}
+        self.params = dict(params or {})
+        self.seed = seed
+        self.model: Model[Any] | None = None
+        self._sampler = sampler
+        self._continue: Callable[[int], Posterior] | None = None
+        self._draws: dict[str, Tensor] | None = None
+
+    # ---- marginals ------------------------------------------------------------------------------------------
+
+    @property
+    def graph(self) -> Any:
+        """The factor graph that was fitted."""
+        return self.bound.graph
+
+    def marginal(self, name: str) -> Marginal:
+        """All that is kept of one site: weighted points, a Gaussian, or a table."""
+        if name in self.marginals:
+            return self.marginals[name]
+        if name in self.bound.graph.deterministics:
+            draws = self._pool()[name]
+            weights = torch.full_like(draws[(slice(None), *(0,) * (draws.ndim - 1))], 1 / len(draws))
+            plates = draws.ndim - 1
+            return mg.Weighted(draws, weights.reshape(-1, *(1,) * plates))
+        if name in self.params:
+            return mg.Gaussian(self.params[name], torch.zeros_like(self.params[name]))
+        raise self._unknown(name)
+
+    def mean(self, name: str) -> Tensor:
+        """Posterior mean."""
+        return mg.mean(self.marginal(name))
+
+    def sd(self, name: str) -> Tensor:
+        """Posterior standard deviation."""
+        return mg.sd(self.marginal(name))
+
+    def quantile(self, name: str, q: float | Sequence[float] | Tensor) -> Tensor:
+        """Posterior quantiles: ``[*plates, *event]`` for one level, ``[Q, *plates, *event]`` for several."""
+        centre = self.mean(name)
+        levels = torch.as_tensor(q, dtype=centre.dtype, device=centre.device)
+        if bool(((levels < 0) | (levels > 1)).any()):
+            raise DataError(f"quantile('{name}', {q}): expected levels between 0 and 1.")
+        out = mg.quantile(self.marginal(name), levels.reshape(-1))
+        return out[0] if levels.ndim == 0 else out
+
+    def interval(self, name: str, mass: float = 0.9) -> Tensor:
+        """Central interval ``[2, *plates, *event]`` that holds ``mass`` of the posterior."""
+        return self.quantile(name, [(1 - mass) / 2, (1 + mass) / 2])
+
+    def probs(self, name: str) -> Tensor:
+        """Probabilities ``[*plates, V]`` of a discrete site's values 0, 1, ..., V-1."""
+        variable = self.bound.graph.variables.get(name)
+        if variable is None:
+            raise self._unknown(name)
+        if not variable.is_discrete:
+            raise DataError(f"probs('{name}'): the site is continuous. Use mean, sd or quantile.")
+        return mg.probs(self.marginal(name), variable.cardinality)
+
+    def samples(self, n: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
+        """``n`` joint draws of all latents, params and deterministic sites: ``[n, *plates, *event]`` each."""
+        if n < 1:
+            raise DataError(f"samples({n}): expected at least one draw.")
+        streams = Streams(self.seed + 1 if seed is None else seed, "cpu")
+        return self._complete(self._sampler(n, streams))
+
+    # ---- tables ---------------------------------------------------------------------------------------------
+
+    def summary(self, names: Sequence[str] | None = None) -> Any:
+        """A :class:`~ppl.summary.Summary` of all scalars: mean, sd, quantiles, effective sample size."""
+        from ppl.summary import summarise
+
+        return summarise(self, names)
+
+    def __str__(self) -> str:
+        from ppl.summary import headline
+
+        return headline(self)
+
+    __repr__ = __str__
+
+    # ---- prediction -----------------------------------------------------------------------------------------
+
+    def predict(
+        self, data: Any = None, *, n: int = 1000, sites: Sequence[str] | None = None, seed: int | None = None, **binding: Any
+    ) -> Any:
+        """Draws of the observed sites for new data; see :func:`ppl.prediction.predict`."""
+        from ppl.prediction import predict
+
+        return predict(self, data, n=n, sites=sites, seed=seed, **binding)
+
+    def forecast(self, n: int = 1000, *, seed: int | None = None, **steps: int) -> Any:
+        """Draws of the next ``steps`` elements of an ordered plate: ``forecast(year=10)``."""
+        from ppl.prediction import forecast
+
+        return forecast(self, n=n, seed=seed, **steps)
+
+    def log_likelihood(self, data: Any = None, *, n: int = 1000, seed: int | None = None) -> dict[str, Tensor]:
+        """Log-likelihood ``[n, *plates]`` of every observed entry under joint posterior draws."""
+        from ppl.prediction import log_likelihood
+
+        return log_likelihood(self, data, n=n, seed=seed)
+
+    def loo(self, *, n: int = 1000, seed: int | None = None) -> LooResult:
+        """Leave-one-out predictive score by Pareto-smoothed importance sampling."""
+        from ppl.prediction import leave_one_out
+
+        return leave_one_out(self, n=n, seed=seed)
+
+    # ---- moving on ------------------------------------------------------------------------------------------
+
+    def reweight(self, particles: int = 1000, *, seed: int | None = None) -> Posterior:
+        """This posterior as the proposal of massively parallel importance weighting.
+
+        Returns:
+            A posterior with log evidence, effective sample sizes and corrected moments, whatever the backend was.
+        """
+        from ppl.driver import reweight
+
+        return reweight(self, particles, seed)
+
+    def resume(self, iterations: int = 100) -> Posterior:
+        """Run ``iterations`` more steps from where the fit ended."""
+        if self._continue is None:
+            raise UnsupportedError(
+                "this posterior cannot be resumed: its backend does not iterate, or it was loaded from a file. "
+                "Fit again with a larger max_iters, or with checkpoint= and the same file."
+            )
+        return self._continue(iterations)
+
+    # ---- out ------------------------------------------------------------------------------------------------
+
+    def save(self, file: str | Path) -> None:
+        """Write tensors and JSON, never a pickle of objects; :func:`ppl.load` reads it back."""
+        from ppl.save import save
+
+        save(self, file)
+
+    def to_arviz(self, *, n: int = 1000) -> Any:
+        """What the installed ArviZ uses: InferenceData before 1.0, a DataTree since."""
+        from ppl.export import to_arviz
+
+        return to_arviz(self, n)
+
+    def to_frame(self) -> Any:
+        """The summary as a pandas data frame."""
+        from ppl.export import to_frame
+
+        return to_frame(self)
+
+    @property
+    def plot(self) -> Plots:
+        """``plot.trace()``, ``plot.forest()``, ``plot.ppc()``."""
+        from ppl.plots import Plots
+
+        return Plots(self)
+
+    # ---- inside ---------------------------------------------------------------------------------------------
+
+    def _pool(self) -> dict[str, Tensor]:
+        if self._draws is None:
+            self._draws = self.samples(1000)
+        return self._draws
+
+    def _complete(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Draws of latents together with params and what the model reports of them."""
+        from ppl.simulation import Known, simulate
+
+        draws = dict(latents)
+        n = len(next(iter(draws.values()))) if draws else 1
+        for name, value in self.params.items():
+            draws[name] = value.expand(n, *value.shape)
+        names = [d for d in self.bound.graph.deterministics if d not in draws]
+        if names:
+            known = {k: Known(v) for k, v in draws.items()}
+            known |= {k: Known(v.expand(n, *v.shape)) for k, v in self.bound.values.items() if self._is_observed(k)}
+            draws |= simulate(self.bound, n, Streams(self.seed), known=known, sites=names)
+        return draws
+
+    def _is_observed(self, name: str) -> bool:
+        return self.bound.graph.variables[name].role == "observed"
+
+    def _unknown(self, name: str) -> DataError:
+        known = [*self.marginals, *self.params, *self.bound.graph.deterministics]
+        observed = name in self.bound.graph.variables
+        note = " It was observed: use predict()." if observed else nearest(name, known)
+        return DataError(f"the posterior has no site '{name}'.{note} Sites: {', '.join(known)}.")
