@@ -1,11 +1,11 @@
-"""Sums over all paths of a Markov chain of particle indices, in log space, and joint draws of paths.
+"""Log-sums over all paths of a Markov chain of particle indices, and joint draws of paths.
 
-Shapes: ``first [*outer, S]`` is the log-factor of the first state, ``unary [*outer, T, S]`` one of every
-state, ``step [*outer, T - 1, S, S]`` of a state given the one before it (previous, current).  Outer
-dimensions broadcast, so a factor that does not depend on one has length 1 there.
+Shapes: ``first [*outer, S]`` is the log-factor of the first state, ``unary [*outer, T, S]`` one of
+every state, ``step [*outer, T - 1, S, S]`` of a state given the one before it (previous, current).
+Outer dimensions broadcast, so a factor that does not depend on one has length 1 there.
 
-Source: forward filtering and backward sampling, [Bishop2006] section 13.2.2; the product of transfer matrices
-in a tree is [Sarkka2021] section III.
+Source: forward filtering and backward sampling, [Bishop2006] section 13.2.2; the product of
+transfer matrices in a tree is [Sarkka2021] section III.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def scan(first: Tensor, unary: Tensor, step: Tensor | None) -> Tensor:
     """Log of the sum over all paths, ``[*outer]``, by T - 1 vector-matrix products.
 
     >>> scan(torch.zeros(2), torch.zeros(3, 2), torch.zeros(2, 2, 2)).exp()  # 2 ** 3 paths
-    tensor(8.0000)
+    tensor(8.)
     """
     return log_sum(filtered(first, unary, step)[-1], (-1,))
 
@@ -53,7 +53,7 @@ def tree(first: Tensor, unary: Tensor, step: Tensor | None) -> Tensor:
     """Log of the sum over all paths, ``[*outer]``, by matrix products in a tree of depth log2 T.
 
     >>> tree(torch.zeros(2), torch.zeros(3, 2), torch.zeros(2, 2, 2)).exp()
-    tensor(8.0000)
+    tensor(8.)
     """
     start = first + unary[..., 0, :]
     if step is None or not step.shape[-3]:
@@ -75,8 +75,8 @@ def draw_backward(
 
     Args:
         messages: of ``filtered`` with outer axes indexed away, T tensors ``[1 or n, *plates, S]``.
-        into: ``into(t, state)`` gives the log-factor ``[n, *plates, S]`` of the state at t - 1 given the drawn
-            ``state [n, *plates]`` at t.
+        into: ``into(t, state)`` gives the log-factor ``[n, *plates, S]`` of the state at t - 1
+            given the drawn ``state [n, *plates]`` at t.
         n: number of paths.
         generator: source of randomness.
 

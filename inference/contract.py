@@ -1,26 +1,27 @@
-"""The contraction engine: sums over all combinations of particle indices, with plates, in log space.
+"""The contraction engine: log-sums over all combinations of particle indices, with plates.
 
-Plan once with ``make_plan``, then evaluate many times: the log of the sum, posterior weights of all particles as its
-gradient, joint draws of indices. ``-log K`` and ``-log q`` are factors like any other; the caller adds them.
+Plan once with ``make_plan``, then evaluate many times: the log of the sum, posterior weights of all
+particles as its gradient, joint draws of indices. ``-log K`` and ``-log q`` are factors like any
+other; the caller adds them.
 
 Source: [Obermeyer2019] Algorithm 1; marginals as gradients of source terms, [Bowyer2023].
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ppl.errors import DataError, NumericalError, UnsupportedError
-from ppl.inference.elimination import Compiler, Program
-from ppl.inference.layout import Chain, Context, Layout, LogFactor, PlateSpec, Term
-from ppl.inference.steps import Chosen
+from ppl.inference.drawing import Chosen
+from ppl.inference.grouping import suggest_groups
+from ppl.inference.layout import Chain, Layout, LogFactor, PlateSpec, Term
+from ppl.inference.program import Program
+from ppl.inference.routes import Input, Route, make_route, read_scopes, source_of, unmentioned
 
 __all__ = ["Chain", "Layout", "LogFactor", "Plan", "PlateSpec", "make_plan", "suggest_groups"]
 
@@ -30,46 +31,19 @@ Factors = Sequence[LogFactor] | Evaluate
 Marginals = dict[str | tuple[str, str], Tensor]
 
 
-class _Input(NamedTuple):
-    """A factor of the caller or a zero factor of the engine: the caller's scope and the term it becomes."""
-
-    scope: tuple[str, ...]
-    axes: tuple[str, ...]  # canonical, the axis of a chain's first state renamed
-    context: Context
-
-
-class _Part(NamedTuple):
-    rows: dict[str, Tensor]
-    program: Program
-
-
-class _Route(NamedTuple):
-    """How a list of inputs is contracted: at once, or the inputs below one plate in parts."""
-
-    inputs: list[_Input]
-    outer: list[int]  # inputs of the program besides the sums over parts
-    program: Program
-    inner: list[int]
-    parts: list[_Part]
-    split: str | None
-
-    @property
-    def largest(self) -> tuple[int, tuple[str, ...]]:
-        programs = [self.program, *(p.program for p in self.parts)]
-        return max(((p.elements, p.axes) for p in programs), key=lambda pair: pair[0])
-
-
 class Plan:
     """A contraction planned for fixed scopes and sizes; make one with ``make_plan``."""
 
     def __init__(
-        self, layout: Layout, inputs: list[_Input], *, memory: int | None, itemsize: int, tree: bool
+        self, layout: Layout, inputs: list[Input], *, memory: int | None, itemsize: int, tree: bool
     ) -> None:
         self._layout, self._memory, self._itemsize, self._tree = layout, memory, itemsize, tree
         self._count = len(inputs)
-        zeros = _unmentioned(layout, inputs)
+        zeros = unmentioned(layout, inputs)
         self._route = self._make_route([*inputs, *zeros])
-        self._sourced: dict[tuple[tuple[str, str], ...], tuple[_Route, list[str | tuple[str, str]]]] = {}
+        self._sourced: dict[
+            tuple[tuple[str, str], ...], tuple[Route, list[str | tuple[str, str]]]
+        ] = {}
 
     # ---- what it will cost ----
 
@@ -91,7 +65,9 @@ class Plan:
             f"about {self.flops:.3g} operations"
         ]
         if self._route.split:
-            lines.append(f"plate {self._route.split} in {len(self._route.parts)} parts; the first part:")
+            lines.append(
+                f"plate {self._route.split} in {len(self._route.parts)} parts; the first part:"
+            )
             lines += _table(self._route.parts[0].program)
             lines.append("then:")
         return "\n".join(lines + _table(self._route.program))
@@ -102,8 +78,9 @@ class Plan:
         """Log of the sum over all combinations of particles of the product of all factors.
 
         Args:
-            factors: one for every scope of the plan, in that order; or ``evaluate(i, rows)`` that makes factor ``i``,
-                with the plates named in ``rows`` narrowed to those elements (``rows`` may be None: whole).
+            factors: one for every scope of the plan, in that order; or ``evaluate(i, rows)`` that
+                makes factor ``i``, with the plates named in ``rows`` narrowed to those elements
+                (``rows`` may be None: whole).
 
         Returns:
             ``[*batch]``; -inf if every combination is impossible.
@@ -125,13 +102,15 @@ class Plan:
 
         Returns:
             ``[*batch]``, and weights that sum to one for every plate element: for an axis
-            ``[*batch, *plates, K]``, for a pair ``[*batch, *plates of both, K_a, K_b]``. Plates are the innermost ones,
-            in the order of ``layout.plates``. The plate of a chain has one element less for ``(previous, axis)``.
+            ``[*batch, *plates, K]``, for a pair ``[*batch, *plates of both, K_a, K_b]``. Plates
+            are the innermost ones, in the order of ``layout.plates``. The plate of a chain has one
+            element less for ``(previous, axis)``.
 
         Raises:
             NumericalError: the evidence is zero, NaN or infinite.
 
-        Source: weights are the gradient of log Z by log-factors that are zero, [Bowyer2023] section 4.
+        Source: weights are the gradient of log Z by log-factors that are zero, [Bowyer2023]
+            section 4.
         """
         route, names = self._with_sources(tuple(joint))
         example = factors(0, None) if callable(factors) else factors[0]
@@ -139,7 +118,9 @@ class Plan:
         with torch.enable_grad():
             for source in route.inputs[-len(names) :] if names else []:
                 shape = [self._length(source.scope, a) for a in source.scope]
-                sources.append(LogFactor(source.scope, example.log.new_zeros(shape).requires_grad_()))
+                sources.append(
+                    LogFactor(source.scope, example.log.new_zeros(shape).requires_grad_())
+                )
             log_z = self._log_evidence(route, _detached(factors), sources)
             if bool((log_z == -torch.inf).any()):
                 raise NumericalError(self._explain(factors))
@@ -174,21 +155,25 @@ class Plan:
 
     # ---- inside ----
 
-    def _draw(self, factors: Factors, n: int, generator: torch.Generator | None) -> dict[str, Tensor]:
-        route, chosen = self._route, {}
+    def _draw(
+        self, factors: Factors, n: int, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        route = self._route
+        chosen: Chosen = {}
         load = self._loader(route, factors, [])
         tensors = self._outer_tensors(route, load)
         slots = route.program.run(tensors)
         self._check(_total(self._layout, slots, route.program), factors, possible=True)
         route.program.draw(slots, chosen, n, generator)
+        outside = dict(chosen)
         for rows, program in route.parts:
-            inside = dict(chosen)
+            inside = dict(outside)
             below = program.run([load(program, k, i, rows) for k, i in enumerate(route.inner)])
             program.draw(below, inside, n, generator)
-            self._scatter(inside, chosen, rows, n, set(route.program.layout.plates))
+            self._scatter(inside, chosen, rows, n)
         return {axis: chosen[axis] for axis in self._layout.owners if axis in chosen}
 
-    def _scatter(self, inside: Chosen, chosen: Chosen, rows: Rows, n: int, _: set[str]) -> None:
+    def _scatter(self, inside: Chosen, chosen: Chosen, rows: Rows, n: int) -> None:
         """Put the draws of one part in their places among those of the whole."""
         for axis, index in inside.items():
             plates = self._layout.innermost(self._layout.context_of[axis])
@@ -204,14 +189,14 @@ class Plan:
             draws = torch.arange(n, device=index.device)
             chosen[axis][torch.meshgrid(draws, *grid, indexing="ij")] = index
 
-    def _log_evidence(self, route: _Route, factors: Factors, sources: Sequence[LogFactor]) -> Tensor:
+    def _log_evidence(self, route: Route, factors: Factors, sources: Sequence[LogFactor]) -> Tensor:
         load = self._loader(route, factors, sources)
         tensors = self._outer_tensors(route, load)
         program = route.program
         log_z = _sum_outputs(self._layout, program.results(tensors), program.outputs)
         return self._check(log_z, factors, possible=False)
 
-    def _outer_tensors(self, route: _Route, load: _Load) -> list[Tensor]:
+    def _outer_tensors(self, route: Route, load: _Load) -> list[Tensor]:
         tensors = [load(route.program, k, i, None) for k, i in enumerate(route.outer)]
         if not route.parts:
             return tensors
@@ -219,7 +204,9 @@ class Plan:
         for rows, program in route.parts:
 
             def part(rows: Rows = rows, program: Program = program) -> tuple[Tensor, ...]:
-                return tuple(program.results([load(program, k, i, rows) for k, i in enumerate(route.inner)]))
+                return tuple(
+                    program.results([load(program, k, i, rows) for k, i in enumerate(route.inner)])
+                )
 
             new = (
                 checkpoint(part, use_reentrant=False, preserve_rng_state=False)
@@ -229,7 +216,7 @@ class Plan:
             sums = [a + b for a, b in zip(sums, new, strict=True)] if sums else list(new)
         return tensors + sums
 
-    def _loader(self, route: _Route, factors: Factors, sources: Sequence[LogFactor]) -> _Load:
+    def _loader(self, route: Route, factors: Factors, sources: Sequence[LogFactor]) -> _Load:
         if not callable(factors) and len(factors) != self._count:
             raise DataError(f"expected {self._count} log-factors, got {len(factors)}.")
         first_source = len(route.inputs) - len(sources)
@@ -258,59 +245,27 @@ class Plan:
 
     def _with_sources(
         self, joint: tuple[tuple[str, str], ...]
-    ) -> tuple[_Route, list[str | tuple[str, str]]]:
+    ) -> tuple[Route, list[str | tuple[str, str]]]:
         if joint not in self._sourced:
             layout = self._layout
             names: list[str | tuple[str, str]] = [*layout.owners, *joint]
-            sources = [_source(layout, (name,) if isinstance(name, str) else name) for name in names]
-            self._sourced[joint] = self._make_route([*self._route.inputs[: self._count], *sources]), names
+            sources = [
+                source_of(layout, (name,) if isinstance(name, str) else name) for name in names
+            ]
+            self._sourced[joint] = (
+                self._make_route([*self._route.inputs[: self._count], *sources]),
+                names,
+            )
         return self._sourced[joint]
 
-    def _make_route(self, inputs: list[_Input]) -> _Route:
-        whole = _compile(self._layout, inputs, self._tree)
-        route = _Route(inputs, list(range(len(inputs))), whole, [], [], None)
-        if self._memory is None or route.largest[0] * self._itemsize <= self._memory:
-            return route
-        return self._split(route) or self._refuse(route)
-
-    def _refuse(self, route: _Route) -> _Route:
-        elements, axes = route.largest
-        raise UnsupportedError(
-            f"the largest array of the contraction, over {', '.join(axes)}, has {elements} entries and "
-            f"takes {elements * self._itemsize / 2**20:.3g} MiB; the budget is {self._memory / 2**20:.3g} MiB, and "
-            "no split of a plate fits it. Use fewer particles, let latents share one particle index "
-            "(groups=...), or allow more memory (memory=...)."
+    def _make_route(self, inputs: list[Input]) -> Route:
+        return make_route(
+            inputs,
+            self._layout,
+            tree=self._tree,
+            memory=self._memory,
+            itemsize=self._itemsize,
         )
-
-    def _split(self, route: _Route) -> _Route | None:
-        """The route that splits one plate into the fewest parts that fit, or None."""
-        layout, best = self._layout, None
-        axes = {c.plate for c in layout.chains}
-        present = set().union(*(i.context for i in route.inputs))
-        for plate in layout.canonical(present - axes):
-            below = [p for p, above in layout.ancestry.items() if plate in above]
-            if layout.plates[plate].size < 2 or axes & set(below):
-                continue
-            found = self._fit(route, plate, len(best.parts) if best else None)
-            best = found or best
-        return best
-
-    def _fit(self, route: _Route, plate: str, fewer_than: int | None) -> _Route | None:
-        size, budget = self._layout.plates[plate].size, self._memory // self._itemsize
-        count = max(2, min(size, math.ceil(route.largest[0] / max(budget, 1))))
-        if not self._fits(_split_route(route.inputs, self._layout, plate, size, self._tree, 1), budget):
-            return None
-        while fewer_than is None or count < fewer_than:
-            found = _split_route(route.inputs, self._layout, plate, count, self._tree, None)
-            if self._fits(found, budget):
-                return found
-            if count == size:
-                return None
-            count = min(size, 2 * count)
-        return None
-
-    def _fits(self, route: _Route, budget: int) -> bool:
-        return route.largest[0] <= budget
 
     # ---- what went wrong ----
 
@@ -346,7 +301,8 @@ class Plan:
                 plates = [a for a in axes if not self._layout.is_particle(a)]
                 where = _place(plates, bad.nonzero()[0])
                 named = {a for t in step.inputs for a in t.axes if self._layout.is_particle(a)}
-                return f"{general}: all weights over {', '.join(sorted(named))} are zero{where and ' at ' + where}."
+                what = f"all weights over {', '.join(sorted(named))} are zero"
+                return f"{general}: {what}{where and ' at ' + where}."
         return f"{general}."
 
 
@@ -365,158 +321,34 @@ def make_plan(
     """Plan the sum over all particle indices of a product of log-factors.
 
     Args:
-        scopes: axes of each factor's tensor, in its order of dimensions. A transition factor of a chain has both
-            its axes; a factor with a chain's axis, outside its plate, is about the first state.
+        scopes: axes of each factor's tensor, in its order of dimensions. A transition factor of a
+            chain has both its axes; a factor with a chain's axis, outside its plate, is about the
+            first state.
         layout: plates, particle axes, chains and batch axes.
-        memory: budget in bytes of the largest array; a plate is processed in parts where it is needed.
+        memory: budget in bytes of the largest array; a plate is processed in parts where it is
+            needed.
         itemsize: bytes of one number.
-        plates_of: plates over which each factor is repeated, if its tensor lacks some of them because it is
-            constant along them; None: the plates in its scope.
-        chain: chains by a forward scan or a tree of matrix products; auto is the tree where CUDA is available.
+        plates_of: plates over which each factor is repeated, if its tensor lacks some of them
+            because it is constant along them; None: the plates in its scope.
+        chain: chains by a forward scan or a tree of matrix products; auto is the tree where CUDA
+            is available.
 
     Raises:
         UnsupportedError: no polynomial elimination order exists, or the budget is too small.
 
     Source: [Obermeyer2019] Algorithm 1.
 
-    >>> layout = Layout({"item": PlateSpec("item", 3)}, {"mu": 2, "z": 2}, {"mu": (), "z": ("item",)})
+    >>> item = PlateSpec("item", 3)
+    >>> layout = Layout({"item": item}, {"mu": 2, "z": 2}, {"mu": (), "z": ("item",)})
     >>> plan = make_plan([("mu",), ("item", "mu", "z")], layout)
-    >>> factors = [LogFactor(("mu",), torch.zeros(2)), LogFactor(("item", "mu", "z"), torch.zeros(3, 2, 2))]
+    >>> both = LogFactor(("item", "mu", "z"), torch.zeros(3, 2, 2))
+    >>> factors = [LogFactor(("mu",), torch.zeros(2)), both]
     >>> plan.log_evidence(factors).exp()  # 2 ** 4 combinations
-    tensor(16.0000)
+    tensor(16.)
     """
-    plates = plates_of or [()] * len(scopes)
-    inputs = [_input(layout, s, p, plates_of is None) for s, p in zip(scopes, plates, strict=True)]
+    inputs = read_scopes(scopes, layout, plates_of)
     tree = torch.cuda.is_available() if chain == "auto" else chain == "tree"
     return Plan(layout, inputs, memory=memory, itemsize=itemsize, tree=tree)
-
-
-def suggest_groups(
-    scopes: Sequence[tuple[str, ...]],
-    layout: Layout,
-    memory: int,
-    *,
-    itemsize: int = 8,
-    plates_of: Sequence[tuple[str, ...]] | None = None,
-    apart: Collection[str] = (),
-) -> tuple[tuple[str, ...], ...]:
-    """Merge particle axes until the largest array fits: each group shares one particle index.
-
-    Greedy: the merger that leaves the smallest largest array, of axes that meet in one factor before others.
-
-    Args:
-        scopes: as for ``make_plan``.
-        layout: as for ``make_plan``.
-        memory: budget in bytes.
-        itemsize: bytes of one number.
-        plates_of: as for ``make_plan``.
-        apart: axes that may not be merged, such as those of enumerated latents.
-
-    Returns:
-        Groups of two or more axes; none if everything fits as it is.
-
-    Raises:
-        UnsupportedError: no merger of axes fits the budget.
-
-    >>> layout = Layout({}, {"a": 10, "b": 10, "c": 10}, {"a": (), "b": (), "c": ()})
-    >>> suggest_groups([("a", "b", "c")], layout, memory=800)
-    (('a', 'b'),)
-    """
-    group_of = {axis: axis for axis in layout.owners}
-    fixed = {*apart, *(c.axis for c in layout.chains)}
-    while True:
-        elements, axes, _ = _merged_cost(scopes, layout, plates_of, group_of)
-        if elements * itemsize <= memory:
-            members = [tuple(a for a, g in group_of.items() if g == name) for name in group_of]
-            return tuple(m for m in members if len(m) > 1)
-        options = []
-        for a, b in itertools.combinations([x for x in axes if x in group_of and x not in fixed], 2):
-            if layout.sizes[a] == layout.sizes[b] and layout.context_of[a] == layout.context_of[b]:
-                merged = {axis: a if g == b else g for axis, g in group_of.items()}
-                meet = any({a, b} <= {group_of.get(x, x) for x in scope} for scope in scopes)
-                largest, _, flops = _merged_cost(scopes, layout, plates_of, merged)
-                options.append((largest, not meet, flops, a, b, merged))
-        if not options:
-            raise UnsupportedError(
-                f"no merger of particle axes fits {memory / 2**20:.3g} MiB: the array over {', '.join(axes)} has "
-                f"{elements} entries. Use fewer particles or allow more memory."
-            )
-        group_of = min(options, key=lambda option: option[:5])[-1]
-
-
-def _merged_cost(
-    scopes: Sequence[tuple[str, ...]],
-    layout: Layout,
-    plates_of: Sequence[tuple[str, ...]] | None,
-    group_of: Mapping[str, str],
-) -> tuple[int, tuple[str, ...], int]:
-    """Largest array (entries, axes) and work of the contraction with merged axes."""
-    merged = [tuple(dict.fromkeys(group_of.get(a, a) for a in scope)) for scope in scopes]
-    kept = set(group_of.values())
-    owners = {a: plates for a, plates in layout.owners.items() if a in kept}
-    smaller = Layout(layout.plates, layout.sizes, owners, layout.chains, layout.batch)
-    plan = make_plan(merged, smaller, plates_of=plates_of, chain="scan")
-    return plan.largest[1], plan.largest[0], plan.flops
-
-
-def _input(layout: Layout, scope: tuple[str, ...], plates: Sequence[str], from_scope: bool) -> _Input:
-    unknown = [a for a in scope if a not in layout.rank]
-    if unknown or len(set(scope)) < len(scope):
-        raise DataError(f"log-factor over {scope}: axes must be distinct and in the layout; unknown: {unknown}.")
-    over = {*plates, *(a for a in scope if a in layout.plates)}
-    renamed = {
-        c.axis: c.first
-        for c in layout.chains
-        if c.plate not in layout.closure(over) and c.previous not in scope
-    }
-    named = [renamed.get(a, a) for a in scope]
-    owners = [layout.context_of[a] for a in named if layout.is_particle(a)]
-    context = layout.closure(over).union(*owners)
-    moves = [c for c in layout.chains if c.previous in scope]
-    if any(context != layout.context_of[c.axis] for c in moves):
-        raise UnsupportedError(
-            f"a transition factor over {scope} is repeated over plates {', '.join(layout.innermost(context))}, more "
-            "than those of its chain. Move what depends on the inner plate into a factor of its own."
-        )
-    for p in [a for a in scope if a in layout.plates]:
-        if p not in layout.innermost(context) and layout.carrier(context, p) in scope:
-            raise DataError(f"log-factor over {scope}: plate {p!r} is implied by {layout.carrier(context, p)!r}.")
-    return _Input(tuple(scope), layout.canonical(named), context)
-
-
-def _source(layout: Layout, axes: Sequence[str]) -> _Input:
-    """A zero factor over particle axes and all their plates, with the batch axes."""
-    context = frozenset().union(*(layout.context_of[a] for a in axes))
-    scope = (*layout.batch, *layout.innermost(context), *axes)
-    return _Input(scope, layout.canonical(scope), context)
-
-
-def _unmentioned(layout: Layout, inputs: Sequence[_Input]) -> list[_Input]:
-    """Zero factors for particle axes that no factor mentions; their sum still counts every particle."""
-    known = {a for i in inputs for a in i.axes}
-    lone = [a for a in layout.owners if a not in known]
-    return [_Input((a,), (a,), layout.context_of[a]) for a in lone]
-
-
-def _compile(layout: Layout, inputs: Sequence[_Input], tree: bool, stop: str | None = None) -> Program:
-    terms = [Term(slot, i.axes, i.context) for slot, i in enumerate(inputs)]
-    return Compiler(layout, tree=tree, stop=stop).compile([i.scope for i in inputs], terms)
-
-
-def _split_route(
-    inputs: list[_Input], layout: Layout, plate: str, count: int, tree: bool, only: int | None
-) -> _Route:
-    """Inputs below ``plate`` in ``count`` parts (``only`` so many of them, for a first look)."""
-    inner = [i for i, x in enumerate(inputs) if plate in x.context]
-    outer = [i for i, x in enumerate(inputs) if plate not in x.context]
-    size, parts = layout.plates[plate].size, []
-    for k in range(count if only is None else only):
-        rows = layout.rows_below(plate, k * size // count, (k + 1) * size // count)
-        narrow = layout.narrowed(rows)
-        parts.append(_Part(rows, _compile(narrow, [inputs[i] for i in inner], tree, plate)))
-    sums = [_Input(t.axes, t.axes, t.context) for t in parts[0].program.outputs]
-    program = _compile(layout, [*(inputs[i] for i in outer), *sums], tree)
-    return _Route(inputs, outer, program, inner, parts, plate)
 
 
 def _narrowed(factor: LogFactor, rows: Rows | None) -> LogFactor:
@@ -546,10 +378,12 @@ def _total(layout: Layout, slots: Sequence[Tensor | None], program: Program) -> 
 def _sum_outputs(layout: Layout, logs: Sequence[Tensor], terms: Sequence[Term]) -> Tensor:
     """Sum of what is left, ``[*batch]``."""
     shape = layout.shape(layout.batch)
-    total = torch.zeros(()) if not logs else None
+    total = logs[0].new_zeros(()) if logs else torch.zeros(())
     for log, term in zip(logs, terms, strict=True):
-        aligned = log.reshape([n if a in term.axes else 1 for a, n in zip(layout.batch, shape, strict=True)])
-        total = aligned if total is None else total + aligned
+        aligned = log.reshape(
+            [n if a in term.axes else 1 for a, n in zip(layout.batch, shape, strict=True)]
+        )
+        total = total + aligned
     return total.expand(shape)
 
 

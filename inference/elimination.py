@@ -1,94 +1,35 @@
 """Plated variable elimination: turn the scopes of log-factors into a list of steps.
 
-The deepest context (closed set of plates) among the factors goes first: the particle axes that live exactly there
-are summed in probability space, component by component, then the product over its copies is taken down to the
-plates that the remaining axes live in.
+The deepest context (closed set of plates) among the factors goes first: the particle axes that
+live exactly there are summed in probability space, component by component, then the product over
+its copies is taken down to the plates that the remaining axes live in.
 
-Source: [Obermeyer2019] Algorithm 1, with log-sum-exp for the sum, flat indices for nested plates, and
-chains along ordered plates.
+Source: [Obermeyer2019] Algorithm 1, with log-sum-exp for the sum, flat indices for nested plates,
+and chains along ordered plates.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import opt_einsum
-import torch
-from torch import Tensor
 
-from ppl.errors import DataError, UnsupportedError
-from ppl.inference.layout import Chain, Context, Layout, LogFactor, Term
-from ppl.inference.steps import ChainSum, Chosen, Combine, Lift, Pad, Product, Reduce, Slots, Step, Weigh
+from ppl.errors import UnsupportedError
+from ppl.inference.layout import Chain, Context, Layout, Term
+from ppl.inference.program import Program
+from ppl.inference.steps import (
+    ChainSum,
+    Combine,
+    Lift,
+    Pad,
+    Product,
+    Reduce,
+    Step,
+    Weigh,
+)
 
 _PRODUCT_ELEMENTS = 100_000  # joint entries from which a two-factor step is a matrix product
-
-
-class Program:
-    """Steps that reduce input factors to output factors; every slot holds one tensor."""
-
-    def __init__(
-        self,
-        layout: Layout,
-        scopes: Sequence[tuple[str, ...]],
-        inputs: list[Term],
-        steps: list[Step],
-        outputs: list[Term],
-    ) -> None:
-        self.layout, self.scopes, self.steps, self.outputs = layout, scopes, steps, outputs
-        self.slots = len(inputs) + len(steps)
-        self.loads = [_load(layout, s, t) for s, t in zip(scopes, inputs, strict=True)]
-        self.flops = sum(step.work for step in steps)
-        sizes = [(math.prod(shape), scope) for scope, (shape, _) in zip(scopes, self.loads, strict=True)]
-        sizes += [(step.elements, step.joint) for step in steps]
-        self.elements, self.axes = max(sizes, key=lambda pair: pair[0], default=(1, ()))
-
-    def load(self, factor: LogFactor, i: int) -> Tensor:
-        """The tensor of input ``i`` with its axes in canonical order.
-
-        Raises:
-            DataError: its axes or shape are not those of the plan.
-        """
-        shape, order = self.loads[i]
-        axes, log = factor
-        if log.shape != shape or axes != self.scopes[i]:
-            raise DataError(
-                f"log-factor {i}: expected axes {self.scopes[i]} of shape {list(shape)}, got axes "
-                f"{tuple(axes)} of shape {list(log.shape)}. Pass factors in the order of the plan's scopes."
-            )
-        return log if order is None else log.permute(order)
-
-    def run(self, tensors: Sequence[Tensor]) -> Slots:
-        """All slots after all steps."""
-        slots: Slots = [*tensors, *[None] * len(self.steps)]
-        for step in self.steps:
-            step(slots)
-        return slots
-
-    def results(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The output factors; intermediate arrays are let go as soon as autograd lets them."""
-        slots: Slots = [*tensors, *[None] * len(self.steps)]
-        for step in self.steps:
-            step(slots)
-            for term in step.inputs:
-                slots[term.slot] = None
-        return [slots[term.slot] for term in self.outputs]
-
-    def draw(self, slots: Slots, chosen: Chosen, n: int, generator: torch.Generator | None) -> None:
-        """Draw the axes that the steps summed, last step first, given those already in ``chosen``."""
-        for step in reversed(self.steps):
-            step.draw(slots, chosen, n, generator)
-
-
-def _load(layout: Layout, scope: tuple[str, ...], term: Term) -> tuple[torch.Size, list[int] | None]:
-    """Expected shape of an input and the permutation to canonical order, None if it is in that order."""
-    sizes = dict(layout.size_of)
-    for chain in layout.chains:
-        if chain.previous in scope:
-            sizes[chain.plate] -= 1
-    renamed = {c.axis: c.first for c in layout.chains if c.first in term.axes}
-    order = [[renamed.get(a, a) for a in scope].index(a) for a in term.axes]
-    return torch.Size(sizes[a] for a in scope), None if order == sorted(order) else order
 
 
 class Compiler:
@@ -120,7 +61,14 @@ class Compiler:
         done = self.stop not in term.context if self.stop else not (open_axes or term.context)
         (self.outputs if done else self.live).append(term)
 
-    def _emit(self, make: type[Step], inputs: Sequence[Term], axes: Sequence[str], context: Context, **more: object) -> Term:
+    def _emit(
+        self,
+        make: type[Step],
+        inputs: Sequence[Term],
+        axes: Iterable[str],
+        context: Context,
+        **more: object,
+    ) -> Term:
         output = Term(self.count, self.layout.canonical(axes), context)
         self.count += 1
         self.steps.append(make(layout=self.layout, inputs=tuple(inputs), output=output, **more))
@@ -157,7 +105,8 @@ class Compiler:
         owned = self._owned(context, group)
         chains = self._chains_of(context)
         links = {a for c in chains for a in (c.axis, c.previous)}
-        loose, linked = [], []
+        loose: list[Term] = []
+        linked: list[Term] = []
         for part in _components(group, owned):
             term = self._eliminate(context, part, owned)
             (linked if links & set(term.axes) else loose).append(term)
@@ -178,12 +127,29 @@ class Compiler:
         terms = self._padded(part)
         if len(terms) > 1:
             terms = [self._lifted(t) for t in terms]
+        terms = self._gathered(context, terms)
         terms = [self._sum_private(t, [o for o in terms if o is not t], axes) for t in terms]
         for pair in self._path(terms, axes):
             picked = [terms[i] for i in pair]
             terms = [t for i, t in enumerate(terms) if i not in pair]
             terms.append(self._join(context, picked, terms, axes))
         return terms[0]
+
+    def _gathered(self, context: Context, terms: Sequence[Term]) -> list[Term]:
+        """Add every factor to the smallest other one that has all its axes.
+
+        Never costs more than the larger of the two, and leaves pairs that can be matrix products.
+        """
+        waiting = sorted(terms, key=lambda t: math.prod(self.layout.shape(t.axes)))
+        out: list[Term] = []
+        while waiting:
+            term = waiting.pop(0)
+            home = next((i for i, o in enumerate(waiting) if set(term.axes) <= set(o.axes)), None)
+            if home is None:
+                out.append(term)
+            else:
+                waiting[home] = self._sum(context, [term, waiting[home]], ())
+        return out
 
     def _path(self, terms: Sequence[Term], owned: set[str]) -> list[tuple[int, ...]]:
         if len(terms) == 1:
@@ -192,20 +158,26 @@ class Compiler:
         letter = {a: opt_einsum.get_symbol(i) for i, a in enumerate(names)}
         scopes = [frozenset(letter[a] for a in t.axes) for t in terms]
         kept = frozenset(letter[a] for a in names if a not in owned)
-        return opt_einsum.paths.auto(scopes, kept, {letter[a]: self.layout.size_of[a] for a in names})
+        return opt_einsum.paths.auto(
+            scopes, kept, {letter[a]: self.layout.size_of[a] for a in names}
+        )
 
     def _sum_private(self, term: Term, others: Sequence[Term], owned: set[str]) -> Term:
         private = [a for a in term.axes if a in owned and not any(a in o.axes for o in others)]
         return self._sum(term.context, [term], private) if private else term
 
-    def _join(self, context: Context, picked: list[Term], rest: list[Term], owned: set[str]) -> Term:
+    def _join(
+        self, context: Context, picked: list[Term], rest: list[Term], owned: set[str]
+    ) -> Term:
         mentioned = {a for t in rest for a in t.axes}
         here = self.layout.canonical(a for t in picked for a in t.axes)
         return self._sum(context, picked, [a for a in here if a in owned and a not in mentioned])
 
     def _sum(self, context: Context, picked: list[Term], summed: Sequence[str]) -> Term:
-        """Add factors and sum some of their axes; pairs with a large joint array as a matrix product."""
-        while len(picked) > 2:  # opt_einsum joins the last few at once when it falls back on greedy search
+        """Add factors and sum some axes; pairs with a large joint array as a matrix product."""
+        while (
+            len(picked) > 2
+        ):  # opt_einsum joins the last few at once when it falls back on greedy search
             first, second, *rest = picked
             picked = [self._sum(context, [first, second], ()), *rest]
         here = self.layout.canonical(a for t in picked for a in t.axes)
@@ -213,11 +185,15 @@ class Compiler:
         shared = [a for a in here if all(a in t.axes for t in picked)]
         sides = [math.prod(self.layout.shape(set(t.axes) - set(shared))) for t in picked]
         large = math.prod(self.layout.shape(here)) > _PRODUCT_ELEMENTS
-        product = large and len(picked) == 2 and min(sides) > 1 and summed and set(summed) <= set(shared)
-        return self._emit(Product if product else Combine, picked, axes, context, summed=tuple(summed))
+        product = (
+            large and len(picked) == 2 and min(sides) > 1 and summed and set(summed) <= set(shared)
+        )
+        return self._emit(
+            Product if product else Combine, picked, axes, context, summed=tuple(summed)
+        )
 
     def _lifted(self, term: Term) -> Term:
-        """The term with every plate axis that is not innermost repeated over the innermost plate below it."""
+        """The term with every plate axis repeated over the innermost plate below it."""
         inner = self.layout.innermost(term.context)
         out = term
         for plate in inner:
@@ -243,11 +219,11 @@ class Compiler:
             raise UnsupportedError(_crossing(self.layout, owners, target))
         for plate in self.layout.innermost(term.context):
             if plate not in target:
-                term = self._reduce(term, plate, target)  # noqa: PLW2901
+                term = self._reduce(term, plate, target)
         self._keep(term._replace(context=target))
 
     def _reduce(self, term: Term, plate: str, target: Context) -> Term:
-        """Multiply over one innermost plate, keeping those of its ancestors that are in ``target``."""
+        """Multiply over one innermost plate, within its ancestors that are in ``target``."""
         above = [p for p in self.layout.ancestry[plate] if p in target]
         kept = self.layout.innermost(frozenset(above))
         for p in kept:
@@ -261,7 +237,9 @@ class Compiler:
             axes = [*rest, *kept]
             return self._emit(Reduce, [term], axes, term.context, plate=plate, targets=kept)
         base = present or kept
-        weighed = self._emit(Weigh, [term], [*rest, *base], term.context, plate=plate, ancestors=base)
+        weighed = self._emit(
+            Weigh, [term], [*rest, *base], term.context, plate=plate, ancestors=base
+        )
         if not present or present == kept:
             return weighed
         axes = [*(a for a in rest if a not in present), *kept]
@@ -273,7 +251,7 @@ class Compiler:
     # ---- chains ----
 
     def _padded(self, part: list[Term]) -> list[Term]:
-        """Transition factors given an element for the first state, so that all lengths are equal."""
+        """Transition factors with an element for the first state, so that all lengths agree."""
         normalised: set[str] = set()
         out = []
         for term in part:
@@ -282,7 +260,7 @@ class Compiler:
                 first_time = tuple(c.previous for c in moves if c.previous not in normalised)
                 normalised.update(first_time)
                 axes = [*term.axes, moves[0].plate]
-                term = self._emit(  # noqa: PLW2901
+                term = self._emit(
                     Pad, [term], axes, term.context, chain=moves[0], normalised=first_time
                 )
             out.append(term)
@@ -292,16 +270,21 @@ class Compiler:
         firsts = {c.first for c in chains}
         starts = [t for t in self.live if firsts & set(t.axes)]
         self.live = [t for t in self.live if not firsts & set(t.axes)]
+        busy = {a for t in linked for a in t.axes}
         for chain in chains:
-            starts = self._absorb(chain, starts)
+            starts = self._absorb(chain, starts, busy)
         groups = [{c} for c in chains]
         for term in (*linked, *starts):  # chains that meet in a factor have one joint state
-            met = [g for g in groups if any({c.axis, c.previous, c.first} & set(term.axes) for c in g)]
+            met = [
+                g for g in groups if any({c.axis, c.previous, c.first} & set(term.axes) for c in g)
+            ]
             groups = [g for g in groups if g not in met] + [set().union(*met)]
         for group in groups:
             coupled = tuple(c for c in chains if c in group)
             names = {a for c in coupled for a in (c.axis, c.previous, c.first)}
-            self._sum_paths(context, coupled, [t for t in (*linked, *starts) if names & set(t.axes)])
+            self._sum_paths(
+                context, coupled, [t for t in (*linked, *starts) if names & set(t.axes)]
+            )
 
     def _sum_paths(self, context: Context, coupled: tuple[Chain, ...], terms: list[Term]) -> None:
         plates = {c.plate for c in coupled}
@@ -317,27 +300,26 @@ class Compiler:
         term = self._emit(ChainSum, terms, outer, home, chains=coupled, tree=self.tree)
         self._keep(term)
 
-    def _absorb(self, chain: Chain, starts: list[Term]) -> list[Term]:
-        """Sum axes that touch a chain at its first state only, which would else ride along every step.
+    def _absorb(self, chain: Chain, starts: list[Term], busy: set[str]) -> list[Term]:
+        """Sum axes that touch a chain at its first state only; else they ride along every step.
 
         Done where the result is no larger than what it replaces.
         """
         home = self.layout.context_of[chain.first]
-        for axis in self.layout.canonical(self._owned(home, [t for t in starts if chain.first in t.axes])):
+        for axis in self.layout.canonical(
+            self._owned(home, [t for t in starts if chain.first in t.axes])
+        ):
             touching = [t for t in (*starts, *self.live) if axis in t.axes]
-            if any(t.context != home for t in touching) or self._touches_context(axis):
+            if axis in busy or any(t.context != home for t in touching):
                 continue
             union = self.layout.canonical(a for t in touching for a in t.axes)
             before = max(math.prod(self.layout.shape(t.axes)) for t in touching)
             if math.prod(self.layout.shape(a for a in union if a != axis)) > before:
                 continue
             self.live = [t for t in self.live if t not in touching]
-            starts = [t for t in starts if t not in touching]  # noqa: PLW2901
+            starts = [t for t in starts if t not in touching]
             starts.append(self._eliminate(home, touching, {axis}))
         return starts
-
-    def _touches_context(self, axis: str) -> bool:
-        return any(axis in t.axes and t.context != self.layout.context_of[axis] for t in self.live)
 
 
 def _components(group: Sequence[Term], owned: set[str]) -> list[list[Term]]:
@@ -357,10 +339,12 @@ def _components(group: Sequence[Term], owned: set[str]) -> list[list[Term]]:
 
 def _crossing(layout: Layout, owners: dict[str, Context], context: Context) -> str:
     names = ", ".join(
-        f"{a!r} (plates {', '.join(layout.innermost(c)) or 'none'})" for a, c in sorted(owners.items())
+        f"{a!r} (plates {', '.join(layout.innermost(c)) or 'none'})"
+        for a, c in sorted(owners.items())
     )
     return (
-        f"particle axes {names} meet in one factor over plates {', '.join(layout.innermost(context))}, "
-        "where each has a separate index for every element of crossing plates: no order of elimination is "
-        "polynomial. Share one particle index over one of the plates (groups=...), or use another method."
+        f"particle axes {names} meet in one factor over plates "
+        f"{', '.join(layout.innermost(context))}, where each has a separate index for every "
+        "element of crossing plates: no order of elimination is polynomial. Share one particle "
+        "index over one of the plates (groups=...), or use another method."
     )

@@ -1,4 +1,4 @@
-"""Plates, particle axes and chains: the static description that the contraction engine plans for."""
+"""Plates, particle axes and chains: what a contraction plan is made for."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class PlateSpec:
 class Chain:
     """A Markov chain over the elements of an ordered plate.
 
-    ``axis`` is the particle axis of the state at t; ``previous`` names the axis of the state at t - 1 in the
-    transition factors, which have ``size - 1`` elements along ``plate``.
+    ``axis`` is the particle axis of the state at t; ``previous`` names the axis of the state at t
+    - 1 in the transition factors, which have ``size - 1`` elements along ``plate``.
     """
 
     plate: str
@@ -46,8 +46,9 @@ class Chain:
 class Layout:
     """Everything static about a set of log-factors.
 
-    ``sizes`` gives the number of particles of every particle axis and the length of every batch axis,
-    ``owners`` the plates in which a particle axis lives (innermost ones; their ancestors are implied).
+    ``sizes`` gives the number of particles of every particle axis and the length of every batch
+    axis, ``owners`` the plates in which a particle axis lives (innermost ones; their ancestors are
+    implied).
     """
 
     plates: Mapping[str, PlateSpec]
@@ -129,8 +130,9 @@ class Layout:
         found = [p for p in self.innermost(context) if p == plate or plate in self.ancestry[p]]
         if len(found) > 1:
             raise UnsupportedError(
-                f"plate {plate!r} is reached through {' and '.join(map(repr, found))} at once, so a factor "
-                f"over both has no one element of it. Open only one of them, or leave out {plate!r}."
+                f"plate {plate!r} is reached through {' and '.join(map(repr, found))} at once, so "
+                "a factor over both has no one element of it. Open only one of them, or leave out "
+                f"{plate!r}."
             )
         return found[0]
 
@@ -163,7 +165,7 @@ class Layout:
         return Layout(plates, self.sizes, self.owners, self.chains, self.batch)
 
     def rows_below(self, plate: str, start: int, stop: int) -> dict[str, Tensor]:
-        """Elements ``start..stop - 1`` of ``plate`` and, for each descendant, those that lie in them."""
+        """Elements ``start..stop - 1`` of a plate and, of each descendant, those inside them."""
         rows = {plate: torch.arange(start, stop)}
         for name, above in self.ancestry.items():
             if plate in above:
@@ -180,8 +182,8 @@ class LogFactor(NamedTuple):
 
 
 class Term(NamedTuple):
-    """A factor inside a plan: the slot of its tensor, its axes in canonical order, the plates it is repeated over."""
+    """A factor inside a plan: where its tensor is, its axes, the plates it is repeated over."""
 
     slot: int
-    axes: tuple[str, ...]
+    axes: tuple[str, ...]  # in canonical order
     context: Context

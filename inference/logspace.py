@@ -13,19 +13,15 @@ _REDO_ELEMENTS = 1 << 22  # entries gathered at a time when underflown products 
 class _LogSumProduct(torch.autograd.Function):
     """``logsumexp(x + y, dims)`` whose gradient is zero, not NaN, at slices that are all -inf.
 
-    Saves ``x`` and ``y`` rather than their broadcast sum, which is the largest array of a contraction.
+    Saves ``x`` and ``y`` rather than their broadcast sum, which is the largest array of a
+    contraction.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x: Tensor, y: Tensor, dims: tuple[int, ...]) -> Tensor:
-        return torch.logsumexp(x + y, dims, keepdim=True)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, tuple[int, ...]], output: Tensor) -> None:
-        x, y, _ = inputs
-        ctx.save_for_backward(x, y, output)
+    def forward(ctx: Any, x: Tensor, y: Tensor, dims: tuple[int, ...]) -> Tensor:
+        out = torch.logsumexp(x + y, dims, keepdim=True)
+        ctx.save_for_backward(x, y, out)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -40,7 +36,7 @@ class _LogSumProduct(torch.autograd.Function):
 
 
 def log_sum_product(x: Tensor, y: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Log of the sum over ``dims`` of ``exp(x + y)``, by subtraction of the maximum; all -inf gives -inf.
+    """Log of the sum over ``dims`` of ``exp(x + y)``; a slice that is all -inf gives -inf.
 
     Args:
         x: log-values, broadcast against ``y``.
@@ -73,7 +69,8 @@ def log_matmul(a: Tensor, b: Tensor) -> Tensor:
     """Log of the matrix product of ``exp(a)`` and ``exp(b)``, without the array of all products.
 
     Rows of ``a`` and columns of ``b`` are shifted by their maxima.  A shifted result below
-    ``S * tiny / eps`` may have lost terms to underflow; those entries are redone by plain log-sum-exp.
+    ``S * tiny / eps`` may have lost terms to underflow; those entries are redone by plain
+    log-sum-exp.
 
     Args:
         a: ``[*batch, L, S]``.
@@ -94,7 +91,9 @@ def log_matmul(a: Tensor, b: Tensor) -> Tensor:
     if not low.any():
         return product.log() + shift_a + shift_b
     log = product.masked_fill(low, 1.0).log() + shift_a + shift_b
-    return _redo(log.masked_fill(low, -torch.inf), a, b, low & (row > -torch.inf) & (column > -torch.inf))
+    return _redo(
+        log.masked_fill(low, -torch.inf), a, b, low & (row > -torch.inf) & (column > -torch.inf)
+    )
 
 
 def _redo(log: Tensor, a: Tensor, b: Tensor, where: Tensor) -> Tensor:
@@ -120,7 +119,8 @@ def draw_categorical(logits: Tensor, n: int, generator: torch.Generator | None) 
     """Draw indices from unnormalised log-probabilities by inversion.
 
     Args:
-        logits: ``[n, *plates, S]`` for one distribution a draw, ``[1, *plates, S]`` for one shared by all.
+        logits: ``[n, *plates, S]`` for one distribution a draw, ``[1, *plates, S]`` for one shared
+            by all.
         n: number of draws.
         generator: source of randomness on the device of ``logits``.
 
@@ -138,5 +138,7 @@ def draw_categorical(logits: Tensor, n: int, generator: torch.Generator | None) 
     shared = len(logits) == 1
     point = uniform.movedim(0, -1).unsqueeze(0) if shared else uniform.unsqueeze(-1)
     below = torch.nextafter(total, torch.zeros_like(total))
-    index = torch.searchsorted(cumulative, torch.minimum(point * total, below).contiguous(), right=True)
+    index = torch.searchsorted(
+        cumulative, torch.minimum(point * total, below).contiguous(), right=True
+    )
     return index.squeeze(0).movedim(-1, 0).contiguous() if shared else index.squeeze(-1)

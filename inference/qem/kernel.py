@@ -274,7 +274,7 @@ def _first_family(problem: Problem, block: Block, member: Member, draws: Mapping
 
 def _full(value: Any, shape: tuple[int, ...], problem: Problem) -> Tensor:
     tensor = torch.as_tensor(value, dtype=problem.bound.dtype, device=problem.bound.device)
-    return tensor.expand(*shape, *tensor.shape).clone()
+    return tensor.expand((*shape, *tensor.shape)).clone()
 
 
 # ---- params -----------------------------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ def _full(value: Any, shape: tuple[int, ...], problem: Problem) -> Tensor:
 def _first_param(problem: Problem, v: Variable) -> Learned:
     bound = problem.bound
     start = torch.as_tensor(v.initial, dtype=bound.dtype, device=bound.device)
-    start = start.expand(*problem.weighting.lead, *bound.shape(v)).clone()
+    start = start.expand((*problem.weighting.lead, *bound.shape(v))).clone()
     free = biject_to(v.support).inv(start)
     return Learned(free, torch.zeros_like(free), torch.zeros_like(free))
 

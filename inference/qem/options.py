@@ -67,7 +67,7 @@ class QEM:
         between a cap that keeps a bad start from making the proposal a near point mass and a floor.
 
         >>> [round(QEM().step_at(t), 3) for t in (0, 10, 1000)]
-        [0.3, 0.215, 0.016]
+        [0.3, 0.205, 0.016]
         """
         if callable(self.step):
             return float(self.step(t))

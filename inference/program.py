@@ -1,0 +1,92 @@
+"""A planned contraction: steps that turn input factors into output factors, and draw back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ppl.errors import DataError
+from ppl.inference.drawing import Chosen
+from ppl.inference.layout import Layout, LogFactor, Term
+from ppl.inference.steps import Slots, Step
+
+_DRAW_ELEMENTS = 1 << 24  # probabilities held at a time while drawing
+
+
+class Program:
+    """Steps that reduce input factors to output factors; every slot holds one tensor."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        scopes: Sequence[tuple[str, ...]],
+        inputs: list[Term],
+        steps: list[Step],
+        outputs: list[Term],
+    ) -> None:
+        self.layout, self.scopes, self.steps, self.outputs = layout, scopes, steps, outputs
+        self.slots = len(inputs) + len(steps)
+        self.loads = [_load(layout, s, t) for s, t in zip(scopes, inputs, strict=True)]
+        self.flops = sum(step.work for step in steps)
+        sizes = [
+            (math.prod(shape), scope) for scope, (shape, _) in zip(scopes, self.loads, strict=True)
+        ]
+        sizes += [(step.elements, step.joint) for step in steps]
+        self.elements, self.axes = max(sizes, key=lambda pair: pair[0], default=(1, ()))
+
+    def load(self, factor: LogFactor, i: int) -> Tensor:
+        """The tensor of input ``i`` with its axes in canonical order.
+
+        Raises:
+            DataError: its axes or shape are not those of the plan.
+        """
+        shape, order = self.loads[i]
+        axes, log = factor
+        if log.shape != shape or axes != self.scopes[i]:
+            raise DataError(
+                f"log-factor {i}: expected axes {self.scopes[i]} of shape {list(shape)}, got axes "
+                f"{tuple(axes)} of shape {list(log.shape)}. Pass factors in the order of the "
+                "plan's scopes."
+            )
+        return log if order is None else log.permute(order)
+
+    def run(self, tensors: Sequence[Tensor]) -> Slots:
+        """All slots after all steps."""
+        slots: Slots = [*tensors, *[None] * len(self.steps)]
+        for step in self.steps:
+            step(slots)
+        return slots
+
+    def results(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The output factors; intermediate arrays are let go as soon as autograd lets them."""
+        slots: Slots = [*tensors, *[None] * len(self.steps)]
+        for step in self.steps:
+            step(slots)
+            for term in step.inputs:
+                slots[term.slot] = None
+        return [slots[term.slot] for term in self.outputs]
+
+    def draw(self, slots: Slots, chosen: Chosen, n: int, generator: torch.Generator | None) -> None:
+        """Draw the axes that the steps summed, last step first, given those ``chosen``."""
+        for step in reversed([s for s in self.steps if s.cells]):
+            parts = torch.arange(n).split(max(1, _DRAW_ELEMENTS // step.cells))
+            drawn = []
+            for part in parts:
+                given = {axis: index[part[0] : part[-1] + 1] for axis, index in chosen.items()}
+                step.draw(slots, given, len(part), generator)
+                drawn.append(given)
+            chosen |= {a: torch.cat([d[a] for d in drawn]) for a in drawn[0] if a not in chosen}
+
+
+def _load(
+    layout: Layout, scope: tuple[str, ...], term: Term
+) -> tuple[torch.Size, list[int] | None]:
+    """Expected shape of an input and its permutation to canonical order, None for none."""
+    shorter = {c.plate for c in layout.chains if c.previous in scope}
+    sizes = {a: layout.size_of[a] - (a in shorter) for a in scope}
+    renamed = {c.axis: c.first for c in layout.chains if c.first in term.axes}
+    order = [[renamed.get(a, a) for a in scope].index(a) for a in term.axes]
+    return torch.Size(sizes[a] for a in scope), None if order == sorted(order) else order
