@@ -31,6 +31,9 @@ Factors = Sequence[LogFactor] | Evaluate
 Marginals = dict[str | tuple[str, str], Tensor]
 
 
+_FEW_STATES = 8
+
+
 class Plan:
     """A contraction planned for fixed scopes and sizes; make one with ``make_plan``."""
 
@@ -57,6 +60,11 @@ class Plan:
     def flops(self) -> int:
         """Additions and exponentials of one evaluation, about."""
         return self._route.program.flops + sum(p.program.flops for p in self._route.parts)
+
+    @property
+    def split(self) -> str | None:
+        """The plate that is processed in parts to fit the memory budget, if any."""
+        return self._route.split
 
     def __str__(self) -> str:
         axes, elements, size = self.largest
@@ -330,7 +338,7 @@ def make_plan(
         itemsize: bytes of one number.
         plates_of: plates over which each factor is repeated, if its tensor lacks some of them
             because it is constant along them; None: the plates in its scope.
-        chain: chains by a forward scan or a tree of matrix products; auto is the tree where CUDA
+        chain: chains by a forward scan or a tree of matrix products; auto is the tree for few states and where CUDA
             is available.
 
     Raises:
@@ -347,7 +355,9 @@ def make_plan(
     tensor(16.)
     """
     inputs = read_scopes(scopes, layout, plates_of)
-    tree = torch.cuda.is_available() if chain == "auto" else chain == "tree"
+    # Few states make the extra products of the tree cheaper than the many small steps of a scan.
+    few = all(layout.sizes[c.axis] <= _FEW_STATES for c in layout.chains)
+    tree = (few or torch.cuda.is_available()) if chain == "auto" else chain == "tree"
     return Plan(layout, inputs, memory=memory, itemsize=itemsize, tree=tree)
 
 

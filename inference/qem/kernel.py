@@ -8,7 +8,7 @@ sample size is low, and moments averaged in central form.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from ppl.inference.contract import LogFactor
 from ppl.inference.numerics.expfam import FAMILIES
 from ppl.inference.qem import proposals
 from ppl.inference.qem.blocks import Block, Member
-from ppl.inference.qem.problem import Problem, Weighting, evaluate, static_arrays, values_of
+from ppl.inference.qem.problem import Problem, Weighting, evaluate, evaluate_part, values_of
 from ppl.inference.qem.proposals import Joint, Particles, Proposal
 from ppl.simulation import Known, simulate
 from ppl.streams import Streams
@@ -71,9 +71,8 @@ def step(problem: Problem, state: State, batch: Any = None) -> tuple[State, Info
     """One iteration."""
     weighting, options = problem.weighting, problem.options
     particles = draw_all(weighting, state, problem.settings.streams)
-    arrays = all_arrays(problem, weighting, particles, state)
-    factors = evaluate(weighting, arrays)
-    bridge, weights = _cross(problem, state, factors, particles)
+    here = evaluated(problem, weighting, particles, state)
+    bridge, weights = _cross(problem, state, here)
     l = options.step_at(state.crossed) if bridge == 1.0 else _STRIDE  # noqa: E741 - lambda of the source
     states = {}
     for block in weighting.blocks:
@@ -82,7 +81,7 @@ def step(problem: Problem, state: State, batch: Any = None) -> tuple[State, Info
             states[block.axis] = proposals.update(
                 block, state.proposals[block.axis], particles[block.axis], w, l, options.variance_correction
             )
-    params = _learn(problem, state, arrays, particles) if state.params else state.params
+    params = _learn(problem, state, here) if state.params else state.params
     crossed = state.crossed + 1 if bridge == 1.0 else 0
     new = State(states, params, bridge, crossed, state.iteration + 1)
     return new, _info(problem, new, weights)
@@ -119,25 +118,56 @@ def all_arrays(
     return arrays
 
 
-def weigh(
-    weighting: Weighting, factors: list[LogFactor], particles: Mapping[str, Particles], bridge: float = 1.0
-) -> Weights:
+class Evaluated(NamedTuple):
+    """Log-densities and proposals at one set of particles, ready to be weighed: a list, or a maker of parts."""
+
+    weighting: Weighting
+    arrays: Mapping[str, Tensor]
+    particles: Mapping[str, Particles]
+    densities: list[LogFactor] | None  # None when a plate is processed in parts
+
+    def factors(self, bridge: float = 1.0) -> list[LogFactor] | Callable[..., LogFactor]:
+        """Factors of the contraction with log-weights scaled by ``bridge``."""
+        proposed = proposal_terms(self.weighting, self.particles, bridge)
+        if self.densities is not None:
+            terms = self.densities if bridge == 1.0 else [f._replace(log=bridge * f.log) for f in self.densities]
+            return terms + proposed
+        count = len(self.weighting.terms) - len(proposed)
+
+        def part(i: int, rows: Mapping[str, Tensor] | None = None) -> LogFactor:
+            if i < count:
+                made = evaluate_part(self.weighting, self.arrays, i, rows)
+                return made._replace(log=bridge * made.log)
+            axes, log = proposed[i - count]
+            for at, axis in enumerate(axes):
+                if rows and axis in rows:
+                    log = log.index_select(at, rows[axis].to(log.device))
+            return LogFactor(axes, log)
+
+        return part
+
+
+def evaluated(problem: Problem, weighting: Weighting, particles: Mapping[str, Particles], state: State) -> Evaluated:
+    """Evaluate every log-density, unless the plan wants them in parts."""
+    arrays = all_arrays(problem, weighting, particles, state)
+    whole = None if weighting.plan.split else evaluate(weighting, arrays)
+    return Evaluated(weighting, arrays, particles, whole)
+
+
+def weigh(at: Evaluated, bridge: float = 1.0) -> Weights:
     """Sum over all combinations of particles; ``bridge`` < 1 targets ``q^(1 - b) p^b``."""
-    terms = factors if bridge == 1.0 else [f._replace(log=bridge * f.log) for f in factors]
-    log_z, marginals = weighting.plan.marginals(terms + proposal_terms(weighting, particles, bridge))
-    return Weights(log_z, marginals)
+    return Weights(*at.weighting.plan.marginals(at.factors(bridge)))
 
 
 def proposal_terms(
     weighting: Weighting, particles: Mapping[str, Particles], bridge: float = 1.0
 ) -> list[LogFactor]:
     """Each sampled block's ``-log q - log K``."""
-    done = len(weighting.terms) - sum(not b.enumerated for b in weighting.blocks)
-    terms = []
     sampled = [b for b in weighting.blocks if not b.enumerated]
+    done = len(weighting.terms) - len(sampled)
+    terms = []
     for term, block in zip(weighting.terms[done:], sampled, strict=True):
-        log_q = particles[block.axis].log_q
-        log = -bridge * log_q - math.log(weighting.sizes[block.axis])
+        log = -bridge * particles[block.axis].log_q - math.log(weighting.sizes[block.axis])
         order = [*range(len(weighting.lead)), *_plate_order(weighting, block), log.ndim - 1]
         terms.append(LogFactor(term.axes, log.permute(order)))
     return terms
@@ -149,19 +179,16 @@ def _plate_order(weighting: Weighting, block: Block) -> list[int]:
     return [start + block.plates.index(p) for p in weighting.bound.graph.plates if p in block.plates]
 
 
-def _cross(
-    problem: Problem, state: State, factors: list[LogFactor], particles: Mapping[str, Particles]
-) -> tuple[float, Weights]:
+def _cross(problem: Problem, state: State, here: Evaluated) -> tuple[float, Weights]:
     """The largest exponent that leaves enough effective particles, and the weights there."""
-    weighting = problem.weighting
-    if not problem.options.bridge or not particles or state.crossed > 0:
-        return 1.0, weigh(weighting, factors, particles)
+    if not problem.options.bridge or not here.particles or state.crossed > 0:
+        return 1.0, weigh(here)
     # Where some weights never even out (few particles, many plates) the bridge rises all the same.
     least = min(1.0, 1e-3 * 1.15 ** max(0, state.iteration - 60))
     bridge = min(1.0, state.bridge * 4)
     while True:
-        weights = weigh(weighting, factors, particles, bridge)
-        if bridge <= least or _share(weighting, weights) >= _ENOUGH or bridge < 1e-12:
+        weights = weigh(here, bridge)
+        if bridge <= least or _share(here.weighting, weights) >= _ENOUGH or bridge < 1e-12:
             return bridge, weights
         bridge = bridge / 2
 
@@ -293,16 +320,14 @@ def param_value(v: Variable, free: Tensor) -> Tensor:
     return biject_to(v.support)(free)
 
 
-def _learn(
-    problem: Problem, state: State, arrays: Mapping[str, Tensor], particles: Mapping[str, Particles]
-) -> dict[str, Learned]:
+def _learn(problem: Problem, state: State, here: Evaluated) -> dict[str, Learned]:
     """One ascent step of the log evidence in the params, particles held fixed (the gradient of EM's M-step)."""
-    weighting, graph = problem.weighting, problem.bound.graph
+    graph = problem.bound.graph
     free = {n: p.free.detach().requires_grad_() for n, p in state.params.items()}
     with torch.enable_grad():
-        live = {**arrays, **{n: param_value(graph.variables[n], f) for n, f in free.items()}}
-        factors = evaluate(weighting, live)
-        log_z = weighting.plan.log_evidence(factors + proposal_terms(weighting, particles))
+        live = {**here.arrays, **{n: param_value(graph.variables[n], f) for n, f in free.items()}}
+        densities = None if here.densities is None else evaluate(here.weighting, live)
+        log_z = here.weighting.plan.log_evidence(here._replace(arrays=live, densities=densities).factors())
         grads = torch.autograd.grad(log_z.sum(), list(free.values()), allow_unused=True)
     t = state.iteration + 1
     rate = _LEARNING_RATE * min(1.0, 10 * t**-0.6)
@@ -349,5 +374,3 @@ def _watch(state: State) -> tuple[Tensor | None, Tensor | None]:
         units.append(torch.full_like(parts[-1], 0.1))
     return (torch.cat(parts), torch.cat(units)) if parts else (None, None)
 
-
-__all__ = ["Learned", "State", "Weights", "all_arrays", "draw_all", "init", "param_value", "static_arrays", "step", "weigh"]

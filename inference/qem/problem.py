@@ -271,6 +271,29 @@ def evaluate(weighting: Weighting, arrays: Mapping[str, Tensor]) -> list[LogFact
     return [LogFactor(t.axes, v) for t, v in zip(weighting.terms, values, strict=False)]
 
 
+def evaluate_part(weighting: Weighting, arrays: Mapping[str, Tensor], i: int, rows: Mapping[str, Tensor] | None) -> LogFactor:
+    """Log-density ``i`` with the plates in ``rows`` narrowed to those elements; no larger array is made on the way."""
+    everything = {**static_arrays(weighting.bound), **arrays}
+    single = weighting.singles[i]
+    inputs = {name: _narrowed(weighting, name, everything[name], rows or {}) for name in single.inputs}
+    return LogFactor(weighting.terms[i].axes, single(inputs)[0])
+
+
+def _narrowed(weighting: Weighting, name: str, array: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+    if "->" in name:
+        child, ancestor = name.split("->")
+        array = array.index_select(0, rows[child]) if child in rows else array
+        if ancestor in rows:
+            place = torch.full((weighting.bound.size(ancestor),), -1, dtype=torch.long, device=array.device)
+            place[rows[ancestor]] = torch.arange(len(rows[ancestor]), device=array.device)
+            array = place[array]
+        return array
+    for at, axis in enumerate(weighting.inputs[name]):
+        if axis in rows:
+            array = array.index_select(at, rows[axis].to(array.device))
+    return array
+
+
 def describe(bound: Bound, options: QEM, settings: Settings) -> str:
     """One line for ``explain``: blocks, particles and the largest array of an iteration.
 

@@ -17,15 +17,14 @@ from torch import Tensor
 from ppl import marginals as mg
 from ppl.backend import Settings
 from ppl.diagnostics import Diagnostics, pareto_k
-from ppl.errors import UnsupportedError
+from ppl.errors import NumericalError, UnsupportedError
 from ppl.inference.qem import kernel
 from ppl.inference.qem.blocks import Block, Member, make_blocks
-from ppl.inference.qem.kernel import State, all_arrays, draw_all, param_value, proposal_terms, weigh
+from ppl.inference.qem.kernel import State, draw_all, evaluated, param_value, weigh
 from ppl.inference.qem.options import QEM
 from ppl.inference.qem.problem import (
     Problem,
     Weighting,
-    evaluate,
     final_counts,
     make_weighting,
     particle_counts,
@@ -52,8 +51,6 @@ def posterior(problem: Problem, state: State) -> Posterior:
     replicates = [_replicate(problem, weighting, chosen, i) for i in range(problem.options.replicates)]
     log_z = torch.stack([r.log_z for r in replicates])
     if bool(log_z.isnan().any()) or not bool(log_z.isfinite().any()):
-        from ppl.errors import NumericalError
-
         raise NumericalError("qem, last weighting: no particle has a finite weight. Run longer, or with more particles.")
     shares = log_z.softmax(0)
     marginals = _marginals(weighting, replicates, shares)
@@ -111,8 +108,8 @@ def _replicate(problem: Problem, weighting: Weighting, state: State, number: int
     streams = problem.settings.streams.child(f"replicate {number}")
     with torch.no_grad():
         particles = draw_all(weighting, state, streams, problem.options.tails)
-        factors = evaluate(weighting, all_arrays(problem, weighting, particles, state))
-    weights = weigh(weighting, factors, particles)
+        here = evaluated(problem, weighting, particles, state)
+    weights = weigh(here)
     return Replicate(particles, weights.log_z.detach(), {a: w.detach() for a, w in weights.marginals.items()})
 
 
@@ -121,8 +118,7 @@ def _best_restart(problem: Problem, state: State) -> tuple[State, str]:
     if not problem.weighting.restarts:
         return state, ""
     particles = draw_all(problem.weighting, state, problem.settings.streams)
-    factors = evaluate(problem.weighting, all_arrays(problem, problem.weighting, particles, state))
-    log_z = weigh(problem.weighting, factors, particles).log_z
+    log_z = weigh(evaluated(problem, problem.weighting, particles, state)).log_z
     best = int(log_z.argmax())
     proposals = {a: _select(p, best) for a, p in state.proposals.items()}
     params = {n: kernel.Learned(*(t[best] for t in p)) for n, p in state.params.items()}
@@ -235,8 +231,8 @@ def _draw_from(
     problem: Problem, weighting: Weighting, state: State, r: Replicate, n: int, generator: torch.Generator
 ) -> dict[str, Tensor]:
     with torch.no_grad():
-        factors = evaluate(weighting, all_arrays(problem, weighting, r.particles, state))
-        indices = weighting.plan.draw(factors + proposal_terms(weighting, r.particles), n, generator)
+        factors = evaluated(problem, weighting, r.particles, state).factors()
+        indices = weighting.plan.draw(factors, n, generator)
     drawn: dict[str, Tensor] = {}
     for block in weighting.blocks:
         index = indices[block.axis]  # [n, *plates in the order of the graph]
