@@ -2,37 +2,85 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_CACHE_ELEMENTS = 1 << 17  # entries of an array that stays in a core's cache
 _REDO_ELEMENTS = 1 << 22  # entries gathered at a time when underflown products are redone
 
 
 class _LogSumProduct(torch.autograd.Function):
     """``logsumexp(x + y, dims)`` whose gradient is zero, not NaN, at slices that are all -inf.
 
-    Saves ``x`` and ``y`` rather than their broadcast sum, which is the largest array of a
-    contraction.
+    Keeps the shifted exponentials, so that the backward pass takes none: it is a product with them.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, dims: tuple[int, ...]) -> Tensor:
-        out = torch.logsumexp(x + y, dims, keepdim=True)
-        ctx.save_for_backward(x, y, out)
+        exponentials, total, out = _shifted(x, y, dims)
+        ctx.save_for_backward(exponentials, total)
+        ctx.shapes = x.shape, y.shape
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, y, out = ctx.saved_tensors
-        weight = (x + y - out.masked_fill(out == -torch.inf, 0.0)).exp() * grad
+        exponentials, total = ctx.saved_tensors
+        scaled = (grad / total).masked_fill(total == 0, 0.0)
         need_x, need_y, _ = ctx.needs_input_grad
         return (
-            weight.sum_to_size(x.shape) if need_x else None,
-            weight.sum_to_size(y.shape) if need_y else None,
+            _summed_product(exponentials, scaled, ctx.shapes[0]) if need_x else None,
+            _summed_product(exponentials, scaled, ctx.shapes[1]) if need_y else None,
             None,
         )
+
+
+def _shifted(x: Tensor, y: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """``exp(x + y - top)``, its sum over ``dims``, and ``top + log(sum)``; ``dims`` are kept as ones.
+
+    A large array is made a few rows at a time, so that its five passes run in the cache.
+    """
+    shape = torch.broadcast_shapes(x.shape, y.shape)
+    rows = math.prod(shape) // _CACHE_ELEMENTS
+    if rows < 2 or 0 in dims or shape[0] < 2 or x.shape != shape:
+        return _shifted_block(x, y, dims, None)
+    made = torch.empty_like(x)
+    size = -(-shape[0] // min(rows, shape[0]))
+    y = y.expand(shape[0], *y.shape[1:]) if y.ndim == len(shape) else y
+    parts = []
+    for start in range(0, shape[0], size):
+        part = slice(start, start + size)
+        other = y[part] if y.ndim == len(shape) else y
+        parts.append(_shifted_block(x[part], other, dims, made[part])[1:])
+    totals, outs = zip(*parts, strict=True)
+    return made, torch.cat(totals), torch.cat(outs)
+
+
+def _shifted_block(
+    x: Tensor, y: Tensor, dims: tuple[int, ...], into: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    joint = torch.add(x, y) if into is None else torch.add(x, y, out=into)
+    top = joint.amax(dims, keepdim=True)
+    top = top.masked_fill(top == -torch.inf, 0.0)
+    exponentials = joint.sub_(top).exp_()
+    total = exponentials.sum(dims, keepdim=True)
+    return exponentials, total, top + total.log()
+
+
+def _summed_product(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
+    """``(a * b).sum_to_size(shape)`` without the product where it is larger than its sum."""
+    shape = torch.Size((1,) * (a.ndim - len(shape)) + tuple(shape))
+    summed = [d for d in range(a.ndim) if shape[d] == 1 and a.shape[d] > 1]
+    if not summed or a.numel() < _CACHE_ELEMENTS:
+        return (a * b).sum_to_size(shape)
+    letters = [chr(97 + d) for d in range(a.ndim)]
+    present = [d for d in range(a.ndim) if b.shape[d] > 1]
+    kept = [d for d in range(a.ndim) if d not in summed]
+    spell = ["".join(letters[d] for d in dims) for dims in (range(a.ndim), present, kept)]
+    small = b.reshape([b.shape[d] for d in present])
+    return torch.einsum(f"{spell[0]},{spell[1]}->{spell[2]}", a, small).reshape(shape)
 
 
 def log_sum_product(x: Tensor, y: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -666,25 +666,22 @@ def _normal_inner_product(
 
     Centred at the mean location, so that the squares stay small where precision matters.
     """
-    shared, rows, n_params = counts
+    shared, _, n_params = counts
     precision = scale.pow(-2)
     pad = n_params + 1
     loc, precision = loc[(None,) * (pad - loc.ndim)], precision[(None,) * (pad - precision.ndim)]
     centre = loc.reshape(-1, loc.shape[-1]).mean(0)
     z, m = value - centre, loc - centre
     linear = m * precision
-    constant = (0.5 * precision.log() - _HALF_LOG_2PI - 0.5 * m * linear).sum(-1)
-    linear, quadratic = torch.broadcast_tensors(linear, -0.5 * precision)
-    natural = torch.cat([linear, quadratic], -1).permute(p_order)
-    statistics = torch.cat([z, z.square()], -1).permute(v_order)
+    constant = (0.5 * precision.log() - _HALF_LOG_2PI - 0.5 * m * linear).sum(-1, keepdim=True)
+    lead = torch.broadcast_shapes(linear.shape[:-1], precision.shape[:-1])
+    natural = torch.cat([t.expand(*lead, -1) for t in (linear, -0.5 * precision, constant)], -1).permute(p_order)
+    statistics = torch.cat([z, z.square(), torch.ones_like(z[..., :1])], -1).permute(v_order)
     lead = torch.broadcast_shapes(statistics.shape[:shared], natural.shape[:shared])
     row_shape, column_shape = statistics.shape[shared:-1], natural.shape[shared:-1]
     left = statistics.expand(*lead, *row_shape, -1).reshape(*lead, -1, statistics.shape[-1])
     right = natural.expand(*lead, *column_shape, -1).reshape(*lead, -1, natural.shape[-1])
-    out = (left @ right.mT).reshape(*lead, *row_shape, *column_shape).permute(back)
-    return out + constant.permute(p_order[:-1]).reshape(
-        *constant.permute(p_order[:-1]).shape[:shared], *(1,) * rows, *constant.permute(p_order[:-1]).shape[shared:]
-    ).permute(back)
+    return (left @ right.mT).reshape(*lead, *row_shape, *column_shape).permute(back)
 
 
 def _segment(kind: str, at: int, size: int, x: Tensor, members: Tensor) -> Tensor:
