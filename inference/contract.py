@@ -32,6 +32,7 @@ Marginals = dict[str | tuple[str, str], Tensor]
 
 
 _FEW_STATES = 8
+_LOST = "the log evidence is NaN or -inf: some factor has no finite value at any combination of particles"
 
 
 class Plan:
@@ -100,13 +101,19 @@ class Plan:
         return self._log_evidence(self._route, factors, [])
 
     def marginals(
-        self, factors: Factors, joint: Sequence[tuple[str, str]] = ()
+        self,
+        factors: Factors,
+        joint: Sequence[tuple[str, str]] = (),
+        *,
+        overwrite: bool = False,
     ) -> tuple[Tensor, Marginals]:
         """Log evidence and the posterior weights of all particles, by one backward pass.
 
         Args:
             factors: as for ``log_evidence``; nothing is differentiated but zero source terms.
             joint: pairs of particle axes whose joint weights are wanted too.
+            overwrite: whether the memory of the factors may be used for intermediate arrays; their
+                values are lost then, and an error cannot name the entry that caused it.
 
         Returns:
             ``[*batch]``, and weights that sum to one for every plate element: for an axis
@@ -129,9 +136,9 @@ class Plan:
                 sources.append(
                     LogFactor(source.scope, example.log.new_zeros(shape).requires_grad_())
                 )
-            log_z = self._log_evidence(route, _detached(factors), sources)
+            log_z = self._log_evidence(route, _detached(factors), sources, overwrite)
             if bool((log_z == -torch.inf).any()):
-                raise NumericalError(self._explain(factors))
+                raise NumericalError(_LOST if overwrite else self._explain(factors))
             weights = torch.autograd.grad(log_z.sum(), [s.log for s in sources]) if sources else ()
         return log_z.detach(), dict(zip(names, weights, strict=True))
 
@@ -197,11 +204,20 @@ class Plan:
             draws = torch.arange(n, device=index.device)
             chosen[axis][torch.meshgrid(draws, *grid, indexing="ij")] = index
 
-    def _log_evidence(self, route: Route, factors: Factors, sources: Sequence[LogFactor]) -> Tensor:
+    def _log_evidence(
+        self,
+        route: Route,
+        factors: Factors,
+        sources: Sequence[LogFactor],
+        overwrite: bool = False,
+    ) -> Tensor:
         load = self._loader(route, factors, sources)
         tensors = self._outer_tensors(route, load)
         program = route.program
-        log_z = _sum_outputs(self._layout, program.results(tensors), program.outputs)
+        results = program.results(tensors, overwrite and not route.parts)
+        log_z = _sum_outputs(self._layout, results, program.outputs)
+        if overwrite and not bool(log_z.isfinite().all()):
+            raise NumericalError(_LOST)
         return self._check(log_z, factors, possible=False)
 
     def _outer_tensors(self, route: Route, load: _Load) -> list[Tensor]:

@@ -19,25 +19,28 @@ class _LogSumProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, dims: tuple[int, ...]) -> Tensor:
-        exponentials, total, out = _shifted(x, y, dims)
+    def forward(ctx: Any, x: Tensor, y: Tensor, dims: tuple[int, ...], overwrite: bool) -> Tensor:
+        exponentials, total, out = _shifted(x, y, dims, overwrite and not x.requires_grad)
         ctx.save_for_backward(exponentials, total)
         ctx.shapes = x.shape, y.shape
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         exponentials, total = ctx.saved_tensors
         scaled = (grad / total).masked_fill(total == 0, 0.0)
-        need_x, need_y, _ = ctx.needs_input_grad
+        need_x, need_y, *_ = ctx.needs_input_grad
         return (
             _summed_product(exponentials, scaled, ctx.shapes[0]) if need_x else None,
             _summed_product(exponentials, scaled, ctx.shapes[1]) if need_y else None,
             None,
+            None,
         )
 
 
-def _shifted(x: Tensor, y: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def _shifted(
+    x: Tensor, y: Tensor, dims: tuple[int, ...], overwrite: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """``exp(x + y - top)``, its sum over ``dims``, and ``top + log(sum)``; ``dims`` are kept as ones.
 
     A large array is made a few rows at a time, so that its five passes run in the cache.
@@ -46,7 +49,8 @@ def _shifted(x: Tensor, y: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tenso
     rows = math.prod(shape) // _CACHE_ELEMENTS
     if rows < 2 or 0 in dims or shape[0] < 2 or x.shape != shape:
         return _shifted_block(x, y, dims, None)
-    made = torch.empty_like(x)
+    # New memory of this size costs more than the arithmetic: the system clears its pages first.
+    made = x if overwrite and 0 not in x.stride() else torch.empty_like(x)
     size = -(-shape[0] // min(rows, shape[0]))
     y = y.expand(shape[0], *y.shape[1:]) if y.ndim == len(shape) else y
     parts = []
@@ -83,13 +87,16 @@ def _summed_product(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
     return torch.einsum(f"{spell[0]},{spell[1]}->{spell[2]}", a, small).reshape(shape)
 
 
-def log_sum_product(x: Tensor, y: Tensor, dims: tuple[int, ...]) -> Tensor:
+def log_sum_product(
+    x: Tensor, y: Tensor, dims: tuple[int, ...], *, overwrite: bool = False
+) -> Tensor:
     """Log of the sum over ``dims`` of ``exp(x + y)``; a slice that is all -inf gives -inf.
 
     Args:
         x: log-values, broadcast against ``y``.
         y: log-values.
         dims: dimensions summed over; none for the plain sum ``x + y``.
+        overwrite: whether the memory of ``x`` may hold the exponentials.
 
     Returns:
         The broadcast shape without ``dims``.
@@ -100,7 +107,7 @@ def log_sum_product(x: Tensor, y: Tensor, dims: tuple[int, ...]) -> Tensor:
     if not dims:
         return x + y
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-        return _LogSumProduct.apply(x, y, dims).squeeze(dims)
+        return _LogSumProduct.apply(x, y, dims, overwrite).squeeze(dims)
     return torch.logsumexp(x + y, dims)
 
 

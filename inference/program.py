@@ -60,11 +60,11 @@ class Program:
             step(slots)
         return slots
 
-    def results(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def results(self, tensors: Sequence[Tensor], overwrite: bool = False) -> list[Tensor]:
         """The output factors; intermediate arrays are let go as soon as autograd lets them."""
         slots: Slots = [*tensors, *[None] * len(self.steps)]
         for step in self.steps:
-            step(slots)
+            step(slots, overwrite)
             for term in step.inputs:
                 slots[term.slot] = None
         return [slots[term.slot] for term in self.outputs]

@@ -40,11 +40,16 @@ class Step:
     elements: int = 0  # entries of the largest array it makes
     work: int = 0  # additions and exponentials, about
 
-    def __call__(self, slots: Slots) -> None:
-        slots[self.output.slot] = self.compute(*[slots[term.slot] for term in self.inputs])
+    def __call__(self, slots: Slots, overwrite: bool = False) -> None:
+        tensors = [slots[term.slot] for term in self.inputs]
+        slots[self.output.slot] = self.overwriting(*tensors) if overwrite else self.compute(*tensors)
 
     def compute(self, *tensors: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def overwriting(self, *tensors: Tensor) -> Tensor:
+        """The same, free to use the memory of its inputs."""
+        return self.compute(*tensors)
 
     @property
     def cells(self) -> int:
@@ -75,8 +80,16 @@ class Combine(Step):
         self.dims = tuple(self.joint.index(a) for a in self.summed)
 
     def compute(self, *tensors: Tensor) -> Tensor:
+        return log_sum_product(*self._pair(tensors), self.dims)
+
+    def overwriting(self, *tensors: Tensor) -> Tensor:
+        return log_sum_product(*self._pair(tensors), self.dims, overwrite=True)
+
+    def _pair(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         first, *rest = [t.reshape(shape) for t, shape in zip(tensors, self.shapes, strict=True)]
-        return log_sum_product(first, rest[0] if rest else first.new_zeros(()), self.dims)
+        if rest and rest[0].numel() > first.numel():
+            first, rest = rest[0], [first]
+        return first, rest[0] if rest else first.new_zeros(())
 
     @property
     def cells(self) -> int:
@@ -120,6 +133,9 @@ class Product(Combine):
         self.elements = count[0] * max(
             count[1] * count[2], count[2] * count[3], count[1] * count[3]
         )
+
+    def overwriting(self, *tensors: Tensor) -> Tensor:
+        return self.compute(*tensors)
 
     def compute(self, *tensors: Tensor) -> Tensor:
         a = tensors[0].permute(self.order_a).reshape(self.shape_a)

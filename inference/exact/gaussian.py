@@ -27,7 +27,7 @@ from ppl.inference.exact.split import Split, is_flat
 from ppl.lower import Compiler, Lowered, Operand, variables_of
 
 Places = Mapping[str, tuple[int, tuple[int, ...]]]  # name -> first coordinate, shape
-_ACCURATE = 1e-9  # error in nats above which Cholesky gives way to QR
+_ACCURATE = 1e-7  # error in nats above which Cholesky gives way to QR
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
@@ -121,6 +121,7 @@ class GaussianPart:
     places: Places
     dims: int
     centre: Tensor  # [D]; algebra is done around it, which keeps sums of squares small
+    grams: Gram | None = None  # of all fixed terms: [F, D, D], [F, D], [F]
 
     @property
     def elements(self) -> int:
@@ -147,20 +148,15 @@ class GaussianPart:
 
     def _by_precision(self, parts: Sequence[Scaled], cases: int) -> tuple[Solution, Tensor]:
         """The joint Gaussian by Cholesky's method, and a rough error ``[g]`` of its log evidence."""
-        lam = self.centre.new_zeros(cases, self.dims, self.dims)
-        eta, const = self.centre.new_zeros(cases, self.dims), self.centre.new_zeros(cases)
-        for term, part in zip(self.terms, parts, strict=True):
-            q = _quadratic(term, part)
-            lam[:, term.columns.unsqueeze(-1), term.columns] += q.lam
-            eta[:, term.columns] += q.eta
-            const += q.const
-        eye = torch.eye(self.dims, dtype=lam.dtype, device=lam.device)
+        lam, eta, const = self._summed(parts, cases)
         chol, info = torch.linalg.cholesky_ex(lam)
         diagonal = chol.diagonal(dim1=-2, dim2=-1)
-        good = (info == 0) & chol.isfinite().all(-1).all(-1) & (diagonal > 0).all(-1)
-        chol = torch.where(good[:, None, None], chol, eye)
+        good = (info == 0) & (diagonal > 0).all(-1) & diagonal.isfinite().all(-1) & const.isfinite()
+        if not bool(good.all()):
+            eye = torch.eye(self.dims, dtype=lam.dtype, device=lam.device)
+            chol = torch.where(good[:, None, None], chol, eye)
+            diagonal = chol.diagonal(dim1=-2, dim2=-1)
         shift = torch.cholesky_solve(eta.unsqueeze(-1), chol).squeeze(-1)
-        diagonal = chol.diagonal(dim1=-2, dim2=-1)
         gain = 0.5 * (eta * shift).sum(-1)
         log = const + gain - diagonal.log().sum(-1) + self.dims * _HALF_LOG_2PI
         condition = (diagonal.amax(-1) / diagonal.amin(-1)).square()
@@ -168,10 +164,29 @@ class GaussianPart:
         error = torch.where(good & error.isfinite(), error, torch.inf)
         return Solution(log, self.centre + shift, chol), error
 
+    def _summed(self, parts: Sequence[Scaled], cases: int) -> Quadratic:
+        """The sum of all terms as one quadratic."""
+        lam = self.centre.new_zeros(cases, self.dims, self.dims)
+        eta, const = self.centre.new_zeros(cases, self.dims), self.centre.new_zeros(cases)
+        fixed = [i for i, t in enumerate(self.terms) if t.gram is not None]
+        if self.grams is not None and fixed:  # one matrix product for all terms that only their scale changes
+            precision = torch.cat([parts[i].precision.expand(cases, 1) for i in fixed], 1)
+            lam = (precision @ self.grams.lam.flatten(1)).reshape(cases, self.dims, self.dims)
+            eta = -(precision @ self.grams.eta)
+            const = sum((parts[i].norm for i in fixed), const) - 0.5 * (precision @ self.grams.square)
+        for term, part in zip(self.terms, parts, strict=True):
+            if term.gram is None:
+                q = _quadratic(part)
+                lam[:, term.columns.unsqueeze(-1), term.columns] += q.lam
+                eta[:, term.columns] += q.eta
+                const = const + q.const
+        return Quadratic(lam, eta, const)
+
     def centred(self, centre: Tensor) -> GaussianPart:
         """The same part with its algebra done around ``centre [D]``."""
         terms = tuple(_prepared(t, centre[t.columns]) for t in self.terms)
-        return replace(self, centre=centre, terms=terms)
+        fixed = [t for t in terms if t.gram is not None]
+        return replace(self, centre=centre, terms=terms, grams=_stacked(fixed, centre) if fixed else None)
 
     def sites(self, flat: Tensor) -> dict[str, Tensor]:
         """Cut ``[*lead, D]`` into one array ``[*lead, *plates, *event]`` for each latent."""
@@ -402,13 +417,21 @@ def _centred(rows: Rows, centre: Tensor) -> Rows:
     return rows._replace(residual=rows.residual + (centre @ rows.jacobian))
 
 
-def _quadratic(term: Term, part: Scaled) -> Quadratic:
+def _stacked(terms: Sequence[Term], centre: Tensor) -> Gram:
+    """Grams of fixed terms side by side, over all coordinates."""
+    dims = len(centre)
+    lam = centre.new_zeros(len(terms), dims, dims)
+    eta = centre.new_zeros(len(terms), dims)
+    for i, term in enumerate(terms):
+        assert term.gram is not None
+        lam[i][term.columns.unsqueeze(-1), term.columns] = term.gram.lam
+        eta[i, term.columns] = term.gram.eta
+    return Gram(lam, eta, torch.stack([t.gram.square for t in terms if t.gram is not None]))
+
+
+def _quadratic(part: Scaled) -> Quadratic:
     """A term as a function of the distance from the centre."""
     jac, residual, precision = part.rows.jacobian, part.rows.residual, part.precision
-    if term.gram is not None:
-        const = part.norm - 0.5 * precision[:, 0] * term.gram.square
-        eta = -precision * term.gram.eta
-        return Quadratic(precision.unsqueeze(-1) * term.gram.lam, eta, const)
     weighted = jac * precision.unsqueeze(1)  # [g, n, R]
     eta = -(weighted @ residual.unsqueeze(-1)).squeeze(-1)
     const = part.norm - 0.5 * (precision * residual.square()).sum(-1)

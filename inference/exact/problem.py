@@ -29,7 +29,7 @@ _NEGLIGIBLE = 1e-13  # share of the total weight below which the lightest cases 
 class Exact:
     """Options of ``method="exact"``."""
 
-    tol: float = 1e-6  # change of log evidence (nats) and moments (sd) when every second node is left out
+    tol: float = 1e-6  # error of log evidence (nats) and moments (sd) of the quadrature
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class State(NamedTuple):
 
     point: Tensor  # [n, d], unconstrained
     log_weight: Tensor  # [n, C], nats; they sum to the evidence
-    change: Tensor  # [], what leaving out every second node changes
+    error: Tensor  # [], of log evidence (nats) and moments (sd), estimated from coarser rules
 
 
 def prepare(bound: Bound, options: Exact, settings: Settings) -> Problem:
@@ -100,7 +100,7 @@ def _solved(problem: Problem) -> State:
     kept = grid.log_density + grid.log_weight > (grid.log_density + grid.log_weight).max() - 45.0
     point, rule = grid.point[kept], grid.log_weight[kept]
     log = centred.by_configuration(point) + rule.unsqueeze(-1)
-    return State(point, log, start.new_tensor(grid.change))
+    return State(point, log, start.new_tensor(grid.error))
 
 
 def _start(integrand: Integrand, origin: Tensor) -> Tensor:
@@ -160,13 +160,13 @@ def _kind(problem: Problem) -> str:
 
 
 def _diagnostics(problem: Problem, state: State, cases: _Cases) -> Diagnostics:
-    change, notes = float(state.change), []
-    if change > problem.options.tol:
+    error, notes = float(state.error), []
+    if not error <= problem.options.tol:
         notes.append(
-            f"quadrature: leaving out every second node changes log evidence or moments by {change:.1g} "
-            f"(wanted {problem.options.tol:.1g}); the integrand is not smooth, or has narrow parts"
+            f"quadrature: log evidence and moments (in sd) may be wrong by {error:.1g}, more than "
+            f"tol={problem.options.tol:.1g}; the integrand is not smooth, or has narrow parts"
         )
-    about = {"nodes": len(state.point), "cases": cases.case.count, "quadrature change": change}
+    about = {"nodes": len(state.point), "cases": cases.case.count, "quadrature error": error}
     return Diagnostics({}, {}, True, 1, 0.0, tuple(notes), about)
 
 

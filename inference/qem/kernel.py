@@ -154,9 +154,13 @@ def evaluated(problem: Problem, weighting: Weighting, particles: Mapping[str, Pa
     return Evaluated(weighting, arrays, particles, whole)
 
 
-def weigh(at: Evaluated, bridge: float = 1.0) -> Weights:
-    """Sum over all combinations of particles; ``bridge`` < 1 targets ``q^(1 - b) p^b``."""
-    return Weights(*at.weighting.plan.marginals(at.factors(bridge)))
+def weigh(at: Evaluated, bridge: float = 1.0, last: bool = False) -> Weights:
+    """Sum over all combinations of particles; ``bridge`` < 1 targets ``q^(1 - b) p^b``.
+
+    ``last`` says that the log-densities are not needed again, which saves the memory of a copy.
+    """
+    large = last and at.densities is not None and max((f.log.numel() for f in at.densities), default=0) > 1 << 20
+    return Weights(*at.weighting.plan.marginals(at.factors(bridge), overwrite=large))
 
 
 def proposal_terms(
@@ -182,7 +186,7 @@ def _plate_order(weighting: Weighting, block: Block) -> list[int]:
 def _cross(problem: Problem, state: State, here: Evaluated) -> tuple[float, Weights]:
     """The largest exponent that leaves enough effective particles, and the weights there."""
     if not problem.options.bridge or not here.particles or state.crossed > 0:
-        return 1.0, weigh(here)
+        return 1.0, weigh(here, last=True)
     # Where some weights never even out (few particles, many plates) the bridge rises all the same.
     least = min(1.0, 1e-3 * 1.15 ** max(0, state.iteration - 60))
     bridge = min(1.0, state.bridge * 4)

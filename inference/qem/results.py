@@ -109,7 +109,7 @@ def _replicate(problem: Problem, weighting: Weighting, state: State, number: int
     with torch.no_grad():
         particles = draw_all(weighting, state, streams, problem.options.tails)
         here = evaluated(problem, weighting, particles, state)
-    weights = weigh(here)
+    weights = weigh(here, last=True)
     return Replicate(particles, weights.log_z.detach(), {a: w.detach() for a, w in weights.marginals.items()})
 
 
