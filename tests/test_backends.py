@@ -1,0 +1,203 @@
+"""What every backend promises, on the same graphs: pure steps, seeds, dtypes, agreement with an oracle, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import warnings
+
+import pytest
+import torch
+from torch.utils._pytree import tree_flatten
+
+from ppl import (
+    Bernoulli,
+    Beta,
+    Categorical,
+    Flat,
+    HalfNormal,
+    Markov,
+    Normal,
+    UnsupportedError,
+    backend,
+    given,
+    infer,
+    latent,
+    model,
+    observe,
+    plate,
+)
+from ppl.backend import Settings
+from ppl.streams import Streams
+
+NAMES = [n for n in backend.names() if n in ("exact", "qem")]
+
+
+@model
+def coin():
+    bias = latent("bias", Beta(2.0, 2.0))
+    with plate("toss"):
+        observe("heads", Bernoulli(bias))
+
+
+@model
+def regression():
+    base, slope = latent("base", Normal(0.0, 3.0)), latent("slope", Normal(0.0, 3.0))
+    with plate("row"):
+        observe("y", Normal(base + slope * given("x"), 0.5))
+
+
+@model
+def groups():
+    spread = latent("spread", HalfNormal(2.0))
+    school = plate("school")
+    with school:
+        level = latent("level", Normal(1.0, spread))
+    with plate("pupil", within=school):
+        observe("score", Normal(level, 1.0))
+
+
+@model
+def mixture():
+    with plate("component", 2) as component:
+        centre = given("centre")
+    with plate("point"):
+        z = latent("z", Categorical(torch.tensor([0.3, 0.7]), over=component))
+        observe("x", Normal(centre[z], 1.0))
+
+
+@model
+def walk():
+    with plate("t", ordered=True):
+        level = latent("level", Markov(Normal(0.0, 1.0), lambda before: Normal(0.8 * before, 0.6)))
+        observe("y", Normal(level, 0.7))
+
+
+@model
+def hidden_markov():
+    with plate("t", ordered=True):
+        z = latent(
+            "z",
+            Markov(
+                Categorical(torch.tensor([0.5, 0.5])),
+                lambda before: Categorical(torch.tensor([[0.9, 0.1], [0.2, 0.8]])[before]),
+            ),
+        )
+        observe("y", Normal(3.0 * z, 1.0))
+
+
+GRAPHS = {
+    "coin": (coin, {"heads": [1, 0, 1, 1, 1]}),
+    "regression": (regression, {"x": [-1.0, 0.0, 0.5, 2.0], "y": [0.1, 0.9, 1.6, 3.2]}),
+    "groups": (groups, {"score": [2.0, 1.0, 0.1, 4.0, 3.0, float("nan")], "school": list("aabbbc")}),
+    "mixture": (mixture, {"x": [-2.0, 0.5, 3.0], "centre": [-2.0, 2.0]}),
+    "walk": (walk, {"y": [0.3, 0.9, -0.2, 0.4, 1.0]}),
+    "hidden markov": (hidden_markov, {"y": [0.2, -0.5, 2.7, 3.5, 3.0, 0.1]}),
+}
+
+
+def fit(name, method, **options):
+    program, data = GRAPHS[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return infer(program, data, method=method, **{"seed": 0, **options})
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_a_backend_is_a_module_with_six_names(method):
+    module = backend.load(method)
+    for name in ("supports", "prepare", "init", "step", "posterior"):
+        assert inspect.isfunction(getattr(module, name)), name
+    assert dataclasses.is_dataclass(module.Options) and module.Options.__dataclass_params__.frozen
+    module.Options()  # every field has a default
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("method", NAMES)
+def test_a_step_changes_nothing_that_it_was_given(method, graph):
+    module = backend.load(method)
+    program, data = GRAPHS[graph]
+    problem = module.prepare(program.bind(data), module.Options(), Settings(Streams(0)))
+    state = module.init(problem)
+    before = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in tree_flatten(state)[0]]
+    bound = {k: v.clone() for k, v in problem.bound.values.items()}
+    module.step(problem, state, None)
+    for old, new in zip(before, tree_flatten(state)[0], strict=True):
+        assert torch.equal(old, new) if isinstance(old, torch.Tensor) else old == new
+    assert all(torch.equal(bound[k], v) for k, v in problem.bound.values.items())
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("method", NAMES)
+def test_the_same_seed_gives_the_same_answer(method, graph):
+    a, b = (fit(graph, method, max_iters=5) for _ in range(2))
+    for site in a.marginals:
+        assert torch.equal(a.mean(site), b.mean(site))
+        assert torch.equal(a.samples(4)[site], b.samples(4)[site])
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("method", NAMES)
+def test_float32_gives_the_same_answer_within_tolerance(method, graph):
+    a, b = fit(graph, method), fit(graph, method, dtype=torch.float32)
+    for site in a.marginals:
+        assert b.mean(site).dtype == torch.float32
+        apart = (a.mean(site) - b.mean(site)).abs() / a.sd(site).clamp(min=1e-3)
+        assert float(apart.max()) < 0.15, (site, apart)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device on this machine")
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("method", NAMES)
+def test_cuda_gives_the_same_answer_within_tolerance(method, graph):
+    a, b = fit(graph, method), fit(graph, method, device="cuda")
+    for site in a.marginals:
+        assert b.mean(site).is_cuda
+        apart = (a.mean(site) - b.mean(site).cpu()).abs() / a.sd(site).clamp(min=1e-3)
+        assert float(apart.max()) < 0.15, (site, apart)
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("method", [n for n in NAMES if n != "exact"])
+def test_it_agrees_with_the_oracle(method, graph):
+    exact, found = fit(graph, "exact"), fit(graph, method)
+    for site in exact.marginals:
+        sd = exact.sd(site).clamp(min=1e-3)
+        assert float(((found.mean(site) - exact.mean(site)).abs() / sd).max()) < 0.15, site
+        wide = exact.sd(site) > 1e-3
+        assert float((found.sd(site) / exact.sd(site)).log().abs()[wide].max()) < 0.15, site
+    apart = abs(found.log_evidence.value - exact.log_evidence.value)
+    assert apart < 5 * found.log_evidence.se + 0.02, (found.log_evidence, exact.log_evidence)
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_a_refusal_lists_reasons_with_remedies(method):
+    @model
+    def crossed():
+        scale = [latent(f"scale{i}", HalfNormal(1.0)) for i in range(5)]
+        with plate("user", 3) as user:
+            taste = latent("taste", Normal(0.0, scale[0] * scale[1]))
+        with plate("film", 4) as film:
+            quality = latent("quality", Normal(0.0, scale[2] * scale[3]))
+        with user, film:
+            observe("y", Normal(taste * quality, scale[4]))
+
+    with pytest.raises(UnsupportedError) as caught:
+        infer(crossed, {"y": torch.zeros(3, 4)}, method=method)
+    text = str(caught.value)
+    assert text.startswith(f"{method} cannot fit this model:")
+    assert "'taste'" in text or "taste" in text or "scale" in text
+    assert "method=" in text or "another method" in text or "groups" in text
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_flat_priors_are_welcome_where_the_posterior_is_proper(method):
+    @model
+    def flat():
+        mean = latent("mean", Flat())
+        with plate("row"):
+            observe("y", Normal(mean, 1.0))
+
+    posterior = infer(flat, {"y": [1.0, 2.0, 4.5]}, method=method, seed=0)
+    assert abs(float(posterior.mean("mean")) - 2.5) < 0.03
+    assert abs(float(posterior.sd("mean")) - 3**-0.5) < 0.03
