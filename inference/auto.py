@@ -44,4 +44,8 @@ def _exact_reasons(bound: Bound) -> list[Reason]:
     work = exact.cost(bound)  # type: ignore[attr-defined]
     if work <= _CHEAP:
         return []
-    return [Reason("", f"it would take about {work:.1g} operations.", "Ask for it by name if that is fine.")]
+    return [
+        Reason(
+            "", f"it would take about {work:.1g} operations.", "Ask for it by name if that is fine."
+        )
+    ]

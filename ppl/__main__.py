@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import ppl
-from ppl.errors import DataError, ModelError, PPLError, nearest
+from ppl.errors import DataError, PPLError, nearest
 from ppl.model import Model
 from ppl.posterior import Posterior
 from ppl.prediction import Prediction
@@ -53,7 +53,7 @@ def read_csv(file: str | Path) -> Table:
     """
     path = Path(file)
     if not path.is_file():
-        raise DataError(f"there is no data file '{path}'. Give the path of a CSV file with a header.")
+        raise DataError(f"there is no data file '{path}'. Give a CSV file with a header.")
     with path.open(newline="", encoding="utf-8-sig") as lines:
         rows = [row for row in csv.reader(lines) if row]
     if len(rows) < 2:
@@ -83,14 +83,14 @@ def load_model(spec: str) -> Model[Any]:
     """The model that ``path.py:name`` or ``package.module:name`` speaks of.
 
     Raises:
-        ModelError: there is none, or its file does not run.
+        PPLError: there is none, or its file does not run.
 
     >>> load_model("ppl.models:eight_schools")
     model eight_schools()
     """
     place, separator, name = spec.rpartition(":")
     if not separator or not place or not name:
-        raise ModelError(
+        raise PPLError(
             f"model '{spec}': expected path.py:name or package.module:name, such as "
             "ppl.models:eight_schools."
         )
@@ -100,9 +100,8 @@ def load_model(spec: str) -> Model[Any]:
         return found
     models = [key for key, value in vars(module).items() if isinstance(value, Model)]
     problem = "has no" if found is None else "has something that is not a model called"
-    raise ModelError(
-        f"'{place}' {problem} '{name}'.{nearest(name, models)} Models: {', '.join(models) or 'none'}."
-    )
+    known = f"{nearest(name, models)} Models: {', '.join(models) or 'none'}."
+    raise PPLError(f"'{place}' {problem} '{name}'.{known}")
 
 
 def _module(place: str) -> ModuleType:
@@ -113,12 +112,13 @@ def _module(place: str) -> ModuleType:
     except PPLError:
         raise
     except Exception as error:  # whatever a user's file may raise
-        raise ModelError(f"'{place}' cannot be imported: {type(error).__name__}: {error}") from error
+        what = f"{type(error).__name__}: {error}"
+        raise PPLError(f"'{place}' cannot be imported: {what}") from error
 
 
 def _module_of_file(path: Path) -> ModuleType:
     if not path.is_file():
-        raise ModelError(f"there is no file '{path}'. Give the path of a Python file that has the model.")
+        raise PPLError(f"there is no file '{path}'. Give the Python file that has the model.")
     folder = str(path.resolve().parent)
     if folder not in sys.path:  # as for a script: its neighbours can be imported
         sys.path.insert(0, folder)
@@ -133,8 +133,10 @@ def explain(model: str, data: str | None) -> None:
     """Print the factor graph and the table of methods."""
     loaded, table = load_model(model), None if data is None else read_csv(data)
     print(loaded.graph(table))
-    if table is not None:
-        print()
+    print()
+    if table is None:
+        print("Give a CSV file, too, to see which methods can fit it.")
+    else:
         print(ppl.explain(loaded, table))
 
 
@@ -152,12 +154,12 @@ def summary(file: str, model: str) -> None:
     if not Path(file).is_file():
         raise DataError(f"there is no file '{file}'. Write one: python -m ppl fit ... --out {file}")
     posterior = ppl.load(file, load_model(model))
-    print(posterior)
     print(posterior.summary())
+    print("\n" + posterior.diagnostics.verdict)
 
 
 def demo() -> None:
-    """Fit real hierarchical data: eight schools, the growth of rats, and radon where its file is found."""
+    """Fit real hierarchical data: schools, rats, and radon where its file is found."""
     start = time.perf_counter()
     # By name: the language imports no model.
     models = importlib.import_module("ppl.models")
@@ -165,7 +167,7 @@ def demo() -> None:
     _demo_rats(models)
     if any(models.datasets.find(name) for name in models.datasets.MINNESOTA_FILES):
         _demo_radon(models)
-    print(f"\nAll of this took {time.perf_counter() - start:.0f} s. Next: tutorials/01_first_model.py")
+    print(f"\nAll of this took {time.perf_counter() - start:.0f} s.")
 
 
 def _demo_schools(models: ModuleType) -> None:
@@ -173,6 +175,9 @@ def _demo_schools(models: ModuleType) -> None:
     _title("Eight schools: does coaching help, and is a school that looks best really better?")
     print(models.eight_schools.graph(data), "\n")
     posterior = _fitted(models.eight_schools, data)
+    exact = ppl.infer(models.eight_schools, data, method="exact")
+    off = ((posterior.mean("theta") - exact.mean("theta")) / exact.sd("theta")).abs().max()
+    print(f"Largest distance of theta from its exact mean: {off:.3f} standard deviations")
     new = posterior.predict({"school": ["a ninth school"], "sigma": [15.0]})
     _tell("True effect of a ninth school, in points", new, "theta")
 
@@ -180,9 +185,7 @@ def _demo_schools(models: ModuleType) -> None:
 def _demo_rats(models: ModuleType) -> None:
     data = models.datasets.rats()
     _title("Rats: 30 animals, weighed five times; each grows along a line of its own")
-    posterior = _fitted(
-        models.rats, data, ["mu_alpha", "mu_beta", "sigma_alpha", "sigma_beta", "sigma_y"]
-    )
+    posterior = _fitted(models.rats, data)
     new = posterior.predict({"rat": ["a new rat"], "age": data["age"]})
     _tell("Weight of a rat not seen yet at 8, 15, 22, 29, 36 days, in grams", new, "weight")
 
@@ -190,17 +193,16 @@ def _demo_rats(models: ModuleType) -> None:
 def _demo_radon(models: ModuleType) -> None:
     houses = models.datasets.radon_minnesota()
     _title("Radon: 919 houses, as many in each of 85 counties as there happen to be")
-    posterior = _fitted(models.radon, houses, ["base", "slope", "effect", "spread", "noise"])
+    posterior = _fitted(models.radon, houses)
     new = posterior.predict({"county": ["a new county"], "floor": [0.0], "uranium": [0.0]})
     _tell("Log radon in a basement of a county without data", new, "log_radon")
 
 
-def _fitted(model: Model[Any], data: Any, names: Sequence[str] | None = None) -> Posterior:
+def _fitted(model: Model[Any], data: Any) -> Posterior:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # what they say is printed with the posterior
         posterior = ppl.infer(model, data, method="qem", seed=0)
-    print(posterior)
-    print(posterior.summary(names), "\n")
+    print(posterior, "\n")
     return posterior
 
 
@@ -245,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run(**given)
     except (PPLError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -314,7 +314,7 @@ def _default(graph: Graph, variable: Variable, dtype: torch.dtype, device: torch
     start = 1.0 if variable.initial is None else variable.initial
     sizes = [graph.plates[p].size for p in variable.plates]
     element = torch.as_tensor(start, dtype=dtype, device=device)
-    return element.expand(*sizes, *variable.event_shape)  # type: ignore[arg-type]
+    return element.expand((*sizes, *variable.event_shape))  # type: ignore[arg-type]
 
 
 def _distinct(column: Column) -> set[Any]:

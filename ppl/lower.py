@@ -184,10 +184,9 @@ class Compiler:
             if item.id not in self.memo:
                 self.memo[item.id] = self._node(self.graph.nodes[item.id])
             return self.memo[item.id]
-        tensor = torch.as_tensor(item)
-        if tensor.is_floating_point() or not isinstance(item, Tensor):
-            tensor = tensor.to(self.dtype)
-        tensor = tensor.to(self.device)
+        # Python numbers go to the run's dtype at once: by way of the default dtype they would lose digits.
+        tensor = item if isinstance(item, Tensor) else torch.as_tensor(item, dtype=self.dtype)
+        tensor = tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
         return Operand(self._slot(tensor), (), tensor.ndim)
 
     def _slot(self, value: Any = None) -> int:

@@ -1,10 +1,11 @@
-"""What a posterior knows of one site: weighted points, a Gaussian, or a table of probabilities.
+"""What a posterior knows of one site: weighted points, Gaussians, or a table of probabilities.
 
-All three answer the same questions; shapes are ``[*plates, *event]``.
+All answer the same questions; shapes are ``[*plates, *event]``.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -25,14 +26,23 @@ class Gaussian(NamedTuple):
     scale: Tensor  # [*plates, *event]
 
 
+class GaussianMixture(NamedTuple):
+    """A mixture of Gaussians, one component for each value of what was integrated numerically."""
+
+    loc: Tensor  # [S, *plates, *event]
+    scale: Tensor  # [S, *plates, *event]
+    weights: Tensor  # [S], sums to one
+
+
 class Table(NamedTuple):
     """A finite discrete site: the probability of each of its values 0, 1, ..., V-1."""
 
     table: Tensor  # [*plates, V]
 
 
-Marginal = Weighted | Gaussian | Table
-KINDS = {"weighted": Weighted, "gaussian": Gaussian, "table": Table}
+Marginal = Weighted | Gaussian | GaussianMixture | Table
+KINDS = {"weighted": Weighted, "gaussian": Gaussian, "mixture": GaussianMixture, "table": Table}
+_STEPS = 80  # of the search for a quantile; fewer than ten are usual
 
 
 def mean(m: Marginal) -> Tensor:
@@ -43,6 +53,8 @@ def mean(m: Marginal) -> Tensor:
     """
     if isinstance(m, Gaussian):
         return m.loc
+    if isinstance(m, GaussianMixture):
+        return torch.tensordot(m.weights, m.loc, 1)
     if isinstance(m, Table):
         return (m.table * _values(m)).sum(-1)
     return (_spread_weights(m) * m.points).sum(0)
@@ -52,6 +64,9 @@ def sd(m: Marginal) -> Tensor:
     """Posterior standard deviation ``[*plates, *event]``."""
     if isinstance(m, Gaussian):
         return m.scale
+    if isinstance(m, GaussianMixture):
+        variance = m.scale.square() + (m.loc - mean(m)).square()
+        return torch.tensordot(m.weights, variance, 1).sqrt()
     if isinstance(m, Table):
         values = _values(m)
         centre = mean(m).unsqueeze(-1)
@@ -64,10 +79,36 @@ def quantile(m: Marginal, q: Tensor) -> Tensor:
     levels = q.reshape(-1, *(1,) * mean(m).ndim)
     if isinstance(m, Gaussian):
         return m.loc + m.scale * torch.special.ndtri(levels)
+    if isinstance(m, GaussianMixture):
+        return torch.stack([_mixture_quantile(m, float(level)) for level in q])
     if isinstance(m, Table):
         reached = m.table.cumsum(-1).unsqueeze(0) >= levels.unsqueeze(-1) - 1e-12
         return reached.to(torch.int8).argmax(-1).to(m.table.dtype)
     return _weighted_quantile(m, q)
+
+
+def _mixture_quantile(m: GaussianMixture, level: float) -> Tensor:
+    """Newton's method on the distribution function, inside a bracket that every step narrows."""
+    loc, scale = m.loc, m.scale.clamp(min=torch.finfo(m.scale.dtype).tiny)
+    reach = float(torch.special.ndtri(torch.tensor(level, dtype=torch.float64)))
+    if not math.isfinite(reach):
+        return torch.full_like(loc[0], reach)
+    ends = loc + scale * reach  # the quantile of a mixture lies between those of its components
+    low, high = ends.amin(0), ends.amax(0)
+    x, width = (low + high) / 2, sd(m)
+    for _ in range(_STEPS):
+        z = (x - loc) / scale
+        below = torch.tensordot(m.weights, torch.special.ndtr(z), 1)
+        bells = (-0.5 * z.square()).exp() / (scale * math.sqrt(2 * math.pi))
+        density = torch.tensordot(m.weights, bells, 1)
+        low, high = torch.where(below < level, x, low), torch.where(below < level, high, x)
+        step = x - (below - level) / density
+        inside = (step > low) & (step < high)
+        new = torch.where(inside, step, (low + high) / 2)
+        if bool(((new - x).abs() <= 1e-12 * width).all()):
+            return new
+        x = new
+    return x
 
 
 def _weighted_quantile(m: Weighted, q: Tensor) -> Tensor:
@@ -88,7 +129,7 @@ def probs(m: Marginal, values: int | None = None) -> Tensor:
     """Probabilities ``[*plates, V]`` of a discrete site's values 0, 1, ..., V-1."""
     if isinstance(m, Table):
         return m.table
-    if isinstance(m, Gaussian):
+    if isinstance(m, (Gaussian, GaussianMixture)):
         raise ValueError("a continuous site has no table of probabilities")
     top = int(m.points.max().item()) + 1 if values is None else values
     hits = m.points.unsqueeze(-1) == torch.arange(top, dtype=m.points.dtype, device=m.points.device)

@@ -74,7 +74,7 @@ def index_by_value(x: Tensor, index: Tensor, n: int) -> Tensor:
     rest, shape = x.ndim - n - 1, index.shape[n:]
     flat = index.long().reshape(*index.shape[:n], -1, *(1,) * rest)
     picked = torch.take_along_dim(x, flat, dim=n)
-    return picked.reshape(*picked.shape[:n], *shape, *x.shape[n + 1 :])
+    return picked.reshape((*picked.shape[:n], *shape, *x.shape[n + 1 :]))
 
 
 def matmul(a_ndim: int, b_ndim: int) -> Callable[[Tensor, Tensor], Tensor]:

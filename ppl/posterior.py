@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,8 +32,10 @@ class Evidence(NamedTuple):
     kind: str  # "exact", "estimate" (unbiased before the log), "bound", "Bethe" or "Laplace"
 
     def __str__(self) -> str:
-        spread = "" if self.se == 0 else f" ± {self.se:.2g}"
-        return f"{self.value:.2f}{spread} ({self.kind})"
+        if not self.se > 0:  # exact, or one replicate only
+            return f"{self.value:.2f} ({self.kind})"
+        decimals = min(max(1 - math.floor(math.log10(self.se)), 0), 6)
+        return f"{self.value:.{decimals}f} ± {self.se:.{decimals}f} ({self.kind})"
 
 
 class Posterior:
@@ -83,7 +86,7 @@ class Posterior:
         if name in self.marginals:
             return self.marginals[name]
         if name in self.bound.graph.deterministics:
-            draws = self._pool()[name]
+            draws = self._pool()[name].to(self.bound.dtype)
             weights = torch.full_like(draws[(slice(None), *(0,) * (draws.ndim - 1))], 1 / len(draws))
             plates = draws.ndim - 1
             return mg.Weighted(draws, weights.reshape(-1, *(1,) * plates))

@@ -198,7 +198,7 @@ def _sample_each(
 ) -> Tensor:
     # A foreign distribution knows only the shape of one element; it is drawn from element by element.
     lead = batch[: len(batch) - own]
-    flat = [leaf.expand(*lead, *leaf.shape[len(lead) :]) if leaf.ndim >= len(lead) else leaf for leaf in leaves]
+    flat = [leaf.expand((*lead, *leaf.shape[len(lead) :])) if leaf.ndim >= len(lead) else leaf for leaf in leaves]
     rows = [f.reshape(-1, *f.shape[len(lead) :]) for f in flat]
     number = rows[0].shape[0] if rows else int(torch.Size(lead).numel())
     draws = [family.replace([r[i] for r in rows]).sample() for i in range(number)]
@@ -208,7 +208,7 @@ def _sample_each(
 def _mixed(draw: Tensor, entry: Known | None, variable: Variable) -> Tensor:
     if entry is None or entry.mask is None:
         return draw
-    mask = entry.mask.reshape(*entry.mask.shape, *(1,) * len(variable.event_shape))
+    mask = entry.mask.reshape((*entry.mask.shape, *(1,) * len(variable.event_shape)))
     return torch.where(mask, entry.values, draw)
 
 

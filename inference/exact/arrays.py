@@ -1,4 +1,4 @@
-"""Names of the leading axes that this backend puts around a factor, and the arrays that never change."""
+"""Names of the axes that this backend puts around a factor, and the arrays that never change."""
 
 from __future__ import annotations
 

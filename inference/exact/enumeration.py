@@ -125,7 +125,9 @@ def check_contractible(parts: Split) -> None:
         p.name: PlateSpec(p.name, 2, {q: torch.zeros(2, dtype=torch.long) for q in p.parents})
         for p in graph.plates.values()
     }
-    terms, lowered = _lowered(parts, Compiler(graph, variable_axes(graph, parts), order(graph, parts)))
+    terms, lowered = _lowered(
+        parts, Compiler(graph, variable_axes(graph, parts), order(graph, parts))
+    )
     _make_plan(Contraction(parts, plates, terms, lowered, None, {}), 1, True)
 
 

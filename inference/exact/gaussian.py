@@ -1,18 +1,13 @@
 """Dense algebra of all latents that are jointly Gaussian given the others.
 
-Every factor over them is ``log N(r(x); 0, S)`` with ``r`` affine: ``r(x) = r(0) + J x``. ``r(0)`` and the columns of
-``J`` come from evaluating the lowered factor at zero and at the unit vectors, so that any structure (chains,
-ragged plates, gathers, dot products) is the same to this module. The sum over factors of ``J' S^-1 J`` is the joint
-precision; the rest is [Bishop2006] section 2.3.
-
-Axes: ``g`` cases (quadrature nodes and discrete configurations), ``n`` coordinates that a factor touches, ``R`` its
-scalar residuals, ``D`` all coordinates. A leading 1 stands for "the same in all cases".
+The joint precision is the sum over factors of ``J' S^-1 J``; the rest is [Bishop2006] section 2.3.
+Axes as in :mod:`ppl.inference.exact.linear`, and ``D`` for all coordinates.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -20,15 +15,20 @@ import torch
 from torch import Tensor
 
 from ppl.binding import Bound
-from ppl.distributions import MultivariateNormal
-from ppl.graph import Factor, Law
-from ppl.inference.exact.arrays import BASIS, CASES, order, padded, pruned, static_arrays, variable_axes
-from ppl.inference.exact.split import Split, is_flat
-from ppl.lower import Compiler, Lowered, Operand, variables_of
+from ppl.inference.exact.linear import (
+    HALF_LOG_2PI,
+    Gram,
+    Places,
+    Rows,
+    Scaled,
+    Term,
+    make_terms,
+    prepared,
+    scaled,
+)
+from ppl.inference.exact.split import Split
 
-Places = Mapping[str, tuple[int, tuple[int, ...]]]  # name -> first coordinate, shape
 _ACCURATE = 1e-7  # error in nats above which Cholesky gives way to QR
-_HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
 class Quadratic(NamedTuple):
@@ -45,72 +45,6 @@ class Solution(NamedTuple):
     log_evidence: Tensor  # [g], -inf where the joint is not proper
     mean: Tensor  # [g, D]
     chol: Tensor  # [g, D, D], of the precision
-
-
-class Rows(NamedTuple):
-    """Residuals of a factor in every case; absent entries are zero in all three."""
-
-    jacobian: Tensor  # [1 | g, n, R]
-    residual: Tensor  # [1 | g, R], at the centre
-
-
-class Scaled(NamedTuple):
-    """A term in every case: ``norm - sum(precision * (residual + x @ jacobian)^2) / 2``."""
-
-    rows: Rows
-    precision: Tensor  # [1 | g, 1 | R]
-    norm: Tensor  # [1 | g]
-
-
-def _scaled_at(part: Scaled, rows: Tensor) -> Scaled:
-    """The term in some of the cases."""
-
-    def some(x: Tensor) -> Tensor:
-        return x[rows] if len(x) > 1 else x
-
-    return Scaled(Rows(*map(some, part.rows)), some(part.precision), some(part.norm))
-
-
-class Gram(NamedTuple):
-    """Products of rows that do not vary over cases and share one scale."""
-
-    lam: Tensor  # [n, n]
-    eta: Tensor  # [n]
-    square: Tensor  # []
-
-
-class Part(NamedTuple):
-    """The law, plates and values of a factor, or of the first or later elements of a chain."""
-
-    law: Law
-    plates: tuple[str, ...]
-    along: str
-    cut: Callable[[Tensor], Tensor] | None
-
-
-@dataclass(frozen=True, eq=False)
-class Term:
-    """One Gaussian factor, ready to be evaluated in many cases."""
-
-    ends: Lowered  # value and loc
-    spread: Lowered  # scale or matrix parameter
-    law: Law
-    columns: Tensor  # [n], long
-    cut: Callable[[Tensor], Tensor] | None  # the part of the value that the law speaks of
-    keep: Tensor | None  # [*plates, *batch] of the factor, 1 where an entry counts
-    sizes: tuple[int, ...]  # of the plates
-    event_ndim: int  # of the value
-    lost: int  # plates of the factor that the cut removes
-    is_fixed: bool  # value and loc are the same in all cases
-    rows: Rows | None = None  # of a fixed term with a scalar law; a QR factor where that says as much
-    gram: Gram | None = None
-    entries: float = 0.0  # number of residuals that count
-    has_many_scales: bool = False  # the scale differs between the elements of one case
-
-    @property
-    def is_joint(self) -> bool:
-        """Whether the law is a MultivariateNormal."""
-        return type(self.law.family) is MultivariateNormal
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,17 +71,19 @@ class GaussianPart:
 
     def solve(self, arrays: Mapping[str, Tensor], cases: int) -> Solution:
         """Evidence, mean and Cholesky factor of the precision, for every case."""
-        parts = [_scaled(t, self.centre[t.columns], arrays) for t in self.terms]
+        parts = [scaled(t, self.centre[t.columns], arrays) for t in self.terms]
         found, error = self._by_precision(parts, cases)
         doubtful = torch.nonzero(error > _ACCURATE).flatten()
         if not len(doubtful):
             return found
         chosen = [_scaled_at(p, doubtful) for p in parts]
         again = _by_roots(self.terms, chosen, self.centre, len(doubtful))
-        return Solution(*(old.index_copy(0, doubtful, new) for old, new in zip(found, again, strict=True)))
+        return Solution(
+            *(old.index_copy(0, doubtful, new) for old, new in zip(found, again, strict=True))
+        )
 
     def _by_precision(self, parts: Sequence[Scaled], cases: int) -> tuple[Solution, Tensor]:
-        """The joint Gaussian by Cholesky's method, and a rough error ``[g]`` of its log evidence."""
+        """The joint Gaussian by Cholesky, and a rough error ``[g]`` of its log evidence."""
         lam, eta, const = self._summed(parts, cases)
         chol, info = torch.linalg.cholesky_ex(lam)
         diagonal = chol.diagonal(dim1=-2, dim2=-1)
@@ -158,7 +94,7 @@ class GaussianPart:
             diagonal = chol.diagonal(dim1=-2, dim2=-1)
         shift = torch.cholesky_solve(eta.unsqueeze(-1), chol).squeeze(-1)
         gain = 0.5 * (eta * shift).sum(-1)
-        log = const + gain - diagonal.log().sum(-1) + self.dims * _HALF_LOG_2PI
+        log = const + gain - diagonal.log().sum(-1) + self.dims * HALF_LOG_2PI
         condition = (diagonal.amax(-1) / diagonal.amin(-1)).square()
         error = (condition + const.abs() + gain.abs()) * torch.finfo(lam.dtype).eps
         error = torch.where(good & error.isfinite(), error, torch.inf)
@@ -169,11 +105,15 @@ class GaussianPart:
         lam = self.centre.new_zeros(cases, self.dims, self.dims)
         eta, const = self.centre.new_zeros(cases, self.dims), self.centre.new_zeros(cases)
         fixed = [i for i, t in enumerate(self.terms) if t.gram is not None]
-        if self.grams is not None and fixed:  # one matrix product for all terms that only their scale changes
+        if (
+            self.grams is not None and fixed
+        ):  # one matrix product for all terms that only their scale changes
             precision = torch.cat([parts[i].precision.expand(cases, 1) for i in fixed], 1)
             lam = (precision @ self.grams.lam.flatten(1)).reshape(cases, self.dims, self.dims)
             eta = -(precision @ self.grams.eta)
-            const = sum((parts[i].norm for i in fixed), const) - 0.5 * (precision @ self.grams.square)
+            const = sum((parts[i].norm for i in fixed), const) - 0.5 * (
+                precision @ self.grams.square
+            )
         for term, part in zip(self.terms, parts, strict=True):
             if term.gram is None:
                 q = _quadratic(part)
@@ -184,9 +124,11 @@ class GaussianPart:
 
     def centred(self, centre: Tensor) -> GaussianPart:
         """The same part with its algebra done around ``centre [D]``."""
-        terms = tuple(_prepared(t, centre[t.columns]) for t in self.terms)
+        terms = tuple(prepared(t, centre[t.columns]) for t in self.terms)
         fixed = [t for t in terms if t.gram is not None]
-        return replace(self, centre=centre, terms=terms, grams=_stacked(fixed, centre) if fixed else None)
+        return replace(
+            self, centre=centre, terms=terms, grams=_stacked(fixed, centre) if fixed else None
+        )
 
     def sites(self, flat: Tensor) -> dict[str, Tensor]:
         """Cut ``[*lead, D]`` into one array ``[*lead, *plates, *event]`` for each latent."""
@@ -195,6 +137,17 @@ class GaussianPart:
             name: flat[..., start : start + math.prod(shape)].reshape(*lead, *shape)
             for name, (start, shape) in self.places.items()
         }
+
+
+def make_part(bound: Bound, parts: Split) -> GaussianPart:
+    """Lower every factor that touches a Gaussian latent."""
+    places: dict[str, tuple[int, tuple[int, ...]]] = {}
+    start = 0
+    for v in parts.gaussian:
+        places[v.name] = (start, bound.shape(v))
+        start += math.prod(bound.shape(v))
+    centre = torch.zeros(start, dtype=bound.dtype, device=bound.device)
+    return GaussianPart(make_terms(bound, parts, places), places, start, centre).centred(centre)
 
 
 def variances(solution: Solution) -> Tensor:
@@ -210,211 +163,13 @@ def draw(solution: Solution, noise: Tensor) -> Tensor:
     return solution.mean.unsqueeze(1) + step
 
 
-# ---- building -------------------------------------------------------------------------------------------------
+def _scaled_at(part: Scaled, rows: Tensor) -> Scaled:
+    """The term in some of the cases."""
 
+    def some(x: Tensor) -> Tensor:
+        return x[rows] if len(x) > 1 else x
 
-def make_part(bound: Bound, parts: Split) -> GaussianPart:
-    """Lower every factor that touches a Gaussian latent."""
-    places: dict[str, tuple[int, tuple[int, ...]]] = {}
-    start = 0
-    for v in parts.gaussian:
-        places[v.name] = (start, bound.shape(v))
-        start += math.prod(bound.shape(v))
-    centre = torch.zeros(start, dtype=bound.dtype, device=bound.device)
-    terms: list[Term] = []
-    for factor in gaussian_factors(parts):
-        assert factor.law is not None
-        if not is_flat(factor.law):
-            terms.append(_term(bound, parts, factor, False, places))
-        if factor.chain is not None and not is_flat(factor.chain[1]):
-            terms.append(_term(bound, parts, factor, True, places))
-    return GaussianPart(tuple(terms), places, start, centre).centred(centre)
-
-
-def gaussian_factors(parts: Split) -> list[Factor]:
-    """The factors that touch a Gaussian latent."""
-    names = {v.name for v in parts.gaussian}
-    return [f for f in parts.graph.densities if names & variables_of(parts.graph, f)]
-
-
-def _term(bound: Bound, parts: Split, factor: Factor, later: bool, places: Places) -> Term:
-    graph = bound.graph
-    axes = variable_axes(graph, parts)
-    compiler = Compiler(graph, axes, order(graph, parts), dtype=bound.dtype, device=bound.device)
-    value = compiler.operand(factor.value)
-    part = _part(factor, later)
-    law, plates = part.law, part.plates
-    arguments = compiler.later_arguments(law, part.along) if later else compiler.arguments(law)
-    leaves = law.family.leaves()
-    loc_at = next(i for i, leaf in enumerate(leaves) if leaf.path == "loc")
-    batch = value.event_ndim - law.family.event_dim
-    lead = (CASES, BASIS, *plates)
-
-    def placed(i: int) -> Operand:
-        rank = max(batch + leaves[i].event_dim, arguments[i].event_ndim)
-        return compiler.align(arguments[i], lead, rank)
-
-    whole = compiler.align(value, (CASES, BASIS, *factor.plates))
-    ends = pruned(compiler.finish([whole, placed(loc_at)]))
-    spread = pruned(compiler.finish([placed(1 - loc_at)]))
-    touched = [n for n in places if n in ends.inputs]
-    columns, basis = _basis(touched, places, bound)
-    static = {**static_arrays(bound), **basis}
-    sizes = tuple(bound.size(p) - (later and p == part.along) for p in plates)
-    return Term(
-        has_many_scales=bool({*arguments[1 - loc_at].axes} - {CASES}) or arguments[1 - loc_at].event_ndim > 0,
-        ends=ends.given({k: v for k, v in static.items() if k in ends.inputs}),
-        spread=spread.given({k: v for k, v in static.items() if k in spread.inputs}),
-        law=law,
-        cut=part.cut,
-        columns=columns,
-        keep=_keep(bound, factor, [value, *arguments], plates, sizes, law.family.event_dim),
-        sizes=sizes,
-        event_ndim=value.event_ndim,
-        lost=len(factor.plates) - len(plates),
-        is_fixed=all(CASES not in o.axes for o in (value, arguments[loc_at])),
-    )
-
-
-def _part(factor: Factor, later: bool) -> Part:
-    """A whole factor, or of a chain its first element or all later ones."""
-    assert factor.law is not None
-    if factor.chain is None:
-        return Part(factor.law, factor.plates, "", None)
-    along, transition = factor.chain
-    at = 2 + factor.plates.index(along)
-    if later:
-        return Part(transition, factor.plates, along, lambda x: x.narrow(at, 1, x.shape[at] - 1))
-    plates = tuple(p for p in factor.plates if p != along)
-    return Part(factor.law, plates, along, lambda x: x.select(at, 0))
-
-
-def _basis(names: Sequence[str], places: Places, bound: Bound) -> tuple[Tensor, dict[str, Tensor]]:
-    """Coordinates of these latents, and their arrays at zero and at every unit vector: ``[n + 1, *shape]``."""
-    sizes = [math.prod(places[n][1]) for n in names]
-    total = sum(sizes)
-    unit = torch.eye(total, dtype=bound.dtype, device=bound.device)
-    points = torch.cat([unit.new_zeros(1, total), unit])
-    arrays, columns = {}, []
-    for name, part in zip(names, points.split(sizes, -1), strict=True):
-        start, shape = places[name]
-        arrays[name] = part.reshape(total + 1, *shape)
-        columns.append(torch.arange(start, start + part.shape[-1], device=bound.device))
-    return torch.cat(columns), arrays
-
-
-def _keep(
-    bound: Bound,
-    factor: Factor,
-    operands: Sequence[Operand],
-    plates: tuple[str, ...],
-    sizes: tuple[int, ...],
-    event_dim: int,
-) -> Tensor | None:
-    """1 where an entry counts: it is present, and its neighbours in an ordered plate exist. ``[*plates, *batch]``"""
-    keep = None
-    if factor.kind == "conditional" and factor.name in bound.masks:
-        mask = bound.masks[factor.name]
-        if event_dim:  # a joint event counts only when all of it is there
-            mask = mask.flatten(mask.ndim - event_dim).all(-1)
-        keep = mask.to(bound.dtype)
-    for plate, start, end in {e for o in operands for e in o.edges}:
-        at = plates.index(plate)
-        place = torch.arange(sizes[at], device=bound.device)
-        inside = ((place >= start) & (place < sizes[at] - end)).to(bound.dtype)
-        batch = 0 if keep is None else keep.ndim - len(plates)
-        inside = inside.reshape(*(-1 if i == at else 1 for i in range(len(plates))), *(1,) * batch)
-        keep = inside if keep is None else keep * inside
-    return keep
-
-
-# ---- evaluation -----------------------------------------------------------------------------------------------
-
-
-def _prepared(term: Term, centre: Tensor) -> Term:
-    """Compute now what is the same in all cases."""
-    if not term.is_fixed or term.is_joint:
-        return term
-    residual, entries = _residual(term, {})
-    rows = _centred(_rows(residual, term), centre)
-    if term.has_many_scales:
-        return replace(term, rows=rows, entries=entries)
-    # With one scale for all of them, R residuals say no more than the n + 1 rows of their QR factor.
-    both = torch.cat([rows.jacobian[0], rows.residual]).mT
-    root = torch.linalg.qr(both, mode="r")[1] if len(both) > both.shape[1] else both
-    jac, res = root[:, :-1].mT, root[:, -1]
-    gram = Gram(jac @ jac.mT, jac @ res, res @ res)
-    return replace(term, rows=Rows(jac.unsqueeze(0), res.unsqueeze(0)), gram=gram, entries=entries)
-
-
-def _scaled(term: Term, centre: Tensor, arrays: Mapping[str, Tensor]) -> Scaled:
-    """A term at these cases, ``centre [n]``."""
-    (spread,) = term.spread(arrays)
-    spread = padded(spread, 2 + len(term.sizes) + term.event_ndim + term.is_joint)
-    if term.is_joint:
-        return _joint_scaled(term, centre, spread, arrays)
-    if term.gram is not None and term.rows is not None:
-        precision = spread.reshape(-1, 1).pow(-2)
-        norm = term.entries * (0.5 * precision.log() - _HALF_LOG_2PI)
-        return Scaled(term.rows, precision, norm.squeeze(-1))
-    residual, _ = _residual(term, arrays)
-    rows = term.rows or _centred(_rows(residual, term), centre)
-    shape = (*term.sizes, *residual.shape[2 + len(term.sizes) :])
-    precision = spread.squeeze(1).expand(-1, *shape).reshape(len(spread), -1).pow(-2)
-    keep = _spread_keep(term, residual[0, 0]).flatten()
-    norm = (keep * (0.5 * precision.log() - _HALF_LOG_2PI)).sum(-1)
-    return Scaled(rows, precision, norm)
-
-
-def _joint_scaled(
-    term: Term, centre: Tensor, matrix: Tensor, arrays: Mapping[str, Tensor]
-) -> Scaled:
-    residual, _ = _residual(term, arrays)
-    chol = _cholesky(term.law, matrix).squeeze(1)  # [1 | g, *plates, *batch, d, d]
-    ahead = residual.movedim(1, -1)  # [1 | g, *plates, *batch, d, n + 1]
-    white = torch.linalg.solve_triangular(chol, ahead, upper=False).movedim(-1, 1)
-    log_det = chol.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    each = (-log_det - residual.shape[-1] * _HALF_LOG_2PI).expand(-1, *residual.shape[2:-1])
-    norm = (each * _spread_keep(term, each[0])).reshape(len(each), -1).sum(-1)
-    return Scaled(_centred(_rows(white, term), centre), norm.new_ones(1, 1), norm)
-
-
-def _cholesky(law: Law, matrix: Tensor) -> Tensor:
-    """Lower Cholesky factor of the covariance."""
-    name = next(leaf.path for leaf in law.family.leaves() if leaf.path != "loc")
-    if name == "scale_tril":
-        return matrix
-    covariance = torch.linalg.inv(matrix) if name == "precision_matrix" else matrix
-    return torch.linalg.cholesky_ex(covariance)[0]
-
-
-def _residual(term: Term, arrays: Mapping[str, Tensor]) -> tuple[Tensor, float]:
-    """Value minus location ``[1 | g, n + 1, *plates, *event]``, and the number of scalars that count."""
-    value, loc = term.ends(arrays)
-    rank = 2 + len(term.sizes) + term.event_ndim
-    value = padded(value, rank + term.lost)
-    difference = padded((term.cut(value) if term.cut else value) - loc, rank)
-    event = difference.shape[2 + len(term.sizes) :]
-    shape = (difference.shape[0], len(term.columns) + 1, *term.sizes, *event)
-    full = difference.expand(shape)
-    return full, float(_spread_keep(term, full[0, 0]).sum())
-
-
-def _spread_keep(term: Term, like: Tensor) -> Tensor:
-    if term.keep is None:
-        return torch.ones_like(like)
-    return term.keep[(...,) + (None,) * (like.ndim - term.keep.ndim)].expand_as(like)
-
-
-def _rows(residual: Tensor, term: Term) -> Rows:
-    """Residual and Jacobian from evaluations at zero and at the unit vectors."""
-    keep = _spread_keep(term, residual[0, 0])
-    flat = (residual * keep).reshape(*residual.shape[:2], -1)
-    return Rows(flat[:, 1:] - flat[:, :1], flat[:, 0])
-
-
-def _centred(rows: Rows, centre: Tensor) -> Rows:
-    return rows._replace(residual=rows.residual + (centre @ rows.jacobian))
+    return Scaled(Rows(*map(some, part.rows)), some(part.precision), some(part.norm))
 
 
 def _stacked(terms: Sequence[Term], centre: Tensor) -> Gram:
@@ -438,10 +193,13 @@ def _quadratic(part: Scaled) -> Quadratic:
     return Quadratic(weighted @ jac.mT, eta, const)
 
 
-def _by_roots(terms: Sequence[Term], parts: Sequence[Scaled], centre: Tensor, cases: int) -> Solution:
+def _by_roots(
+    terms: Sequence[Term], parts: Sequence[Scaled], centre: Tensor, cases: int
+) -> Solution:
     """The joint Gaussian by QR of all residuals: slower, but it squares no condition number.
 
-    Rows are sorted by size, which keeps the small ones accurate beside the large ones, Higham (2002) section 19.4.
+    Rows are sorted by size, which keeps the small ones accurate beside the large ones, Higham
+    (2002) section 19.4.
     """
     dims, blocks = len(centre), []
     norm = centre.new_zeros(cases)
@@ -449,7 +207,9 @@ def _by_roots(terms: Sequence[Term], parts: Sequence[Scaled], centre: Tensor, ca
         root = part.precision.sqrt()
         count = part.rows.residual.shape[-1]
         block = centre.new_zeros(cases, count, dims + 1)
-        block[:, :, term.columns] = (part.rows.jacobian * root.unsqueeze(1)).mT.expand(cases, -1, -1)
+        block[:, :, term.columns] = (part.rows.jacobian * root.unsqueeze(1)).mT.expand(
+            cases, -1, -1
+        )
         block[:, :, -1] = part.rows.residual * root
         blocks.append(block)
         norm = norm + part.norm
@@ -466,7 +226,9 @@ def _by_roots(terms: Sequence[Term], parts: Sequence[Scaled], centre: Tensor, ca
     good = good & (size.amin(-1) > 1e4 * eps * size.amax(-1))
     eye = torch.eye(dims, dtype=size.dtype, device=size.device)
     square = torch.where(good[:, None, None], square * diagonal.sign().unsqueeze(-1), eye)
-    shift = -torch.linalg.solve_triangular(square, right * diagonal.sign().unsqueeze(-1), upper=True)
-    log = norm - 0.5 * left_over.square() - size.log().sum(-1) + dims * _HALF_LOG_2PI
+    shift = -torch.linalg.solve_triangular(
+        square, right * diagonal.sign().unsqueeze(-1), upper=True
+    )
+    log = norm - 0.5 * left_over.square() - size.log().sum(-1) + dims * HALF_LOG_2PI
     log = torch.where(good & log.isfinite(), log, -torch.inf)
     return Solution(log, centre + shift.squeeze(-1), square.mT)

@@ -1,7 +1,7 @@
 """The joint density as a function of the outer latents, everything else integrated out.
 
-A *case* is a point of the outer latents on the unconstrained scale together with one configuration of the listed
-latents. All cases of a chunk are evaluated at once.
+A *case* is a point of the outer latents on the unconstrained scale together with one configuration
+of the listed latents. All cases of a chunk are evaluated at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from ppl.binding import Bound
 from ppl.graph import Variable
 from ppl.inference.exact.arrays import CASES, order, padded, static_arrays, variable_axes
 from ppl.inference.exact.enumeration import Contraction, make_contraction, summed_factors
-from ppl.inference.exact.gaussian import GaussianPart, gaussian_factors, make_part
+from ppl.inference.exact.gaussian import GaussianPart, make_part
+from ppl.inference.exact.linear import gaussian_factors
 from ppl.inference.exact.split import Split, bijection, free_shape
 from ppl.lower import Compiler, Lowered
 
@@ -53,7 +54,7 @@ class Integrand:
     contraction: Contraction | None
 
     def log_density(self, point: Tensor) -> Tensor:
-        """Log joint density ``[n]`` of unconstrained points ``[n, d]``, all other latents integrated out."""
+        """Log joint density ``[n]`` of points ``[n, d]``, all other latents integrated out."""
         return self.by_configuration(point).logsumexp(-1)
 
     def by_configuration(self, point: Tensor) -> Tensor:
@@ -97,7 +98,11 @@ class Integrand:
         if self.gaussian is None:
             return self
         centre = self.gaussian.solve(self.values(case), 1).mean[0]
-        return replace(self, gaussian=self.gaussian.centred(centre)) if bool(centre.isfinite().all()) else self
+        return (
+            replace(self, gaussian=self.gaussian.centred(centre))
+            if bool(centre.isfinite().all())
+            else self
+        )
 
     def _evaluate(self, cases: Case) -> Tensor:
         arrays, total = self._placed(cases)
@@ -111,7 +116,7 @@ class Integrand:
         return torch.where(total.isnan() | (total == torch.inf), -torch.inf, total)
 
     def _placed(self, cases: Case) -> tuple[dict[str, Tensor], Tensor]:
-        """Arrays of all cases, and the log-volume ``[g]`` of the change from the unconstrained scale."""
+        """Arrays of all cases, and the log-volume ``[g]`` of the change of variables."""
         arrays, start = {}, 0
         volume = cases.point.new_zeros(cases.count)
         for v in self.parts.outer:
@@ -130,7 +135,7 @@ class Integrand:
 
 
 def _digits(number: Tensor, v: Variable, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """The values of a listed latent in configurations of these numbers, and what is left of the numbers."""
+    """Values of a listed latent by number of configuration, and what is left of the number."""
     base, size = v.cardinality or 1, math.prod(shape)
     powers = base ** torch.arange(size, device=number.device)
     digits = (number.unsqueeze(-1) // powers) % base

@@ -58,12 +58,15 @@ def prepare(bound: Bound, options: Exact, settings: Settings) -> Problem:
     """
     for name, value in (("minibatch", settings.minibatch), ("prior", settings.prior)):
         if value is not None:
-            raise UnsupportedError(f"exact does not support {name}=. Leave it out, or use method='qem'.")
+            raise UnsupportedError(
+                f"exact does not support {name}=. Leave it out, or use method='qem'."
+            )
     integrand = make_integrand(bound, split(bound.graph), settings.memory)
     work = _work(integrand)
     if work > _MOST_WORK:
         raise UnsupportedError(
-            f"exact would need about {work:.1g} operations, more than {_MOST_WORK:.0g}. Use method='qem'."
+            f"exact would need about {work:.1g} operations, more than {_MOST_WORK:.0g}. Use "
+            "method='qem'."
         )
     return Problem(bound, options, integrand)
 
@@ -120,13 +123,16 @@ def _check_possible(problem: Problem, log: Tensor) -> None:
     if problem.integrand.gaussian is not None:
         names = ", ".join(f"'{v.name}'" for v in problem.integrand.parts.gaussian)
         raise NumericalError(
-            f"the joint Gaussian of {names} is not proper: the data leave a direction free on which the priors are flat. "
+            f"the joint Gaussian of {names} is not proper: the data leave a direction free on "
+            "which the priors are flat. "
             "Give proper priors, or drop a covariate that the others determine."
         )
-    raise NumericalError("the data have probability zero under every value of the latents. Check data and laws.")
+    raise NumericalError(
+        "the data have probability zero under every value of the latents. Check data and laws."
+    )
 
 
-# ---- the posterior --------------------------------------------------------------------------------------------
+# ---- the posterior -------------------------------------------------------------------------------
 
 
 class _Cases(NamedTuple):
@@ -184,14 +190,17 @@ def _cases(problem: Problem, state: State) -> _Cases:
 
 
 def _marginals(problem: Problem, cases: _Cases) -> dict[str, Marginal]:
-    integrand, found = cases.integrand, {}
+    integrand = cases.integrand
+    found: dict[str, Marginal] = {}
     values = integrand.values(cases.case)
     for v in integrand.parts.outer:
         weights = cases.weight.reshape(-1, *(1,) * len(v.plates))
         shape = (cases.case.count, *(problem.bound.size(p) for p in v.plates))
         found[v.name] = Weighted(values[v.name], weights.expand(shape))
     for v in integrand.parts.listed:
-        hits = values[v.name].unsqueeze(-1) == torch.arange(v.cardinality or 1, device=cases.weight.device)
+        hits = values[v.name].unsqueeze(-1) == torch.arange(
+            v.cardinality or 1, device=cases.weight.device
+        )
         found[v.name] = Table(torch.tensordot(cases.weight, hits.to(cases.weight.dtype), 1))
     found |= _gaussian_marginals(cases) | _summed_marginals(cases)
     return {v.name: found[v.name] for v in problem.bound.graph.latents}
@@ -215,14 +224,16 @@ def _gaussian_marginals(cases: _Cases) -> dict[str, Marginal]:
 
 
 def _summed_marginals(cases: _Cases) -> dict[str, Marginal]:
-    integrand, totals = cases.integrand, {}
+    integrand = cases.integrand
+    totals: dict[str, Tensor] = {}
     if integrand.contraction is None:
         return {}
     for rows in integrand.chunks(cases.case.count):
         chunk = cases.case.at(rows)
         tables = integrand.contraction.tables(integrand.values(chunk), chunk.count)
         for name, table in tables.items():
-            totals[name] = totals.get(name, 0.0) + torch.tensordot(cases.weight[rows], table, 1)
+            part = torch.tensordot(cases.weight[rows], table, 1)
+            totals[name] = totals[name] + part if name in totals else part
     return {name: Table(table) for name, table in totals.items()}
 
 
@@ -241,7 +252,10 @@ def _gaussian_draws(cases: _Cases, chosen: Tensor, generator: torch.Generator) -
     if part is None:
         return {}
     noise = torch.randn(
-        (len(chosen), part.dims), generator=generator, dtype=cases.weight.dtype, device=cases.weight.device
+        (len(chosen), part.dims),
+        generator=generator,
+        dtype=cases.weight.dtype,
+        device=cases.weight.device,
     )
     if cases.case.count == 1:
         solution = part.solve(cases.integrand.values(cases.case), 1)
@@ -267,7 +281,7 @@ def _summed_draws(cases: _Cases, chosen: Tensor, generator: torch.Generator) -> 
     return {name: torch.cat(pieces) for name, pieces in parts.items()}
 
 
-# ---- what it would cost ---------------------------------------------------------------------------------------
+# ---- what it would cost --------------------------------------------------------------------------
 
 
 def cost(bound: Bound) -> float:

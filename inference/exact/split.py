@@ -1,8 +1,8 @@
 """Split the latents by the way in which each is integrated out.
 
-*Gaussian*: jointly normal given all the others; dense algebra. *Outer*: a few scalars that are left; quadrature.
-*Summed*: finite discrete; contraction. *Listed*: finite discrete, but tied to the Gaussians or read across its own
-plate; every joint configuration is a case of its own.
+*Gaussian*: jointly normal given all the others; dense algebra. *Outer*: a few scalars that are
+left; quadrature. *Summed*: finite discrete; contraction. *Listed*: finite discrete, but tied to
+the Gaussians or read across its own plate; every joint configuration is a case of its own.
 """
 
 from __future__ import annotations
@@ -57,7 +57,11 @@ class Split:
 def supports(graph: Graph) -> list[Reason]:
     """Why this graph cannot be integrated exactly; empty when it can."""
     reasons = [
-        Reason(v.name, "is a param, and exact learns no constants.", "Use method='qem', or give it a prior.")
+        Reason(
+            v.name,
+            "is a param, and exact learns no constants.",
+            "Use method='qem', or give it a prior.",
+        )
         for v in graph.role("param")
     ]
     for v in graph.latents:
@@ -70,11 +74,17 @@ def supports(graph: Graph) -> list[Reason]:
 
 def _latent_reasons(v: Variable) -> list[Reason]:
     if v.is_discrete and v.cardinality is None:
-        problem = "has infinitely many values, or a number of values that is not fixed, and cannot be enumerated."
+        problem = "has no fixed finite number of values and cannot be enumerated."
         return [Reason(v.name, problem, "Use Categorical over a range, or method='qem'.")]
     if not v.is_discrete and _bijection(v) is None:
         problem = f"has the support {v.support}, to which no fixed map from the real line leads."
-        return [Reason(v.name, problem, "Write it as a function of a latent with fixed support, or use method='qem'.")]
+        return [
+            Reason(
+                v.name,
+                problem,
+                "Write it as a function of a latent with fixed support, or use method='qem'.",
+            )
+        ]
     return []
 
 
@@ -86,7 +96,8 @@ def _outer_reasons(parts: Split) -> list[Reason]:
     return [
         Reason(
             v.name,
-            f"{free_count(parts.graph, v)} scalars are neither discrete nor Gaussian given the rest; exact integrates "
+            f"{free_count(parts.graph, v)} scalars are neither discrete nor Gaussian given the "
+            "rest; exact integrates "
             f"at most {MAX_OUTER} such scalars numerically, the model has {parts.outer_dims}.",
             "Use method='qem'.",
         )
@@ -98,12 +109,14 @@ def _size_reasons(parts: Split) -> list[Reason]:
     reasons = []
     if parts.gaussian_dims > MAX_GAUSSIAN:
         name = max(parts.gaussian, key=lambda v: count(parts.graph, v)).name
-        problem = f"the joint Gaussian has {parts.gaussian_dims} scalars, exact takes {MAX_GAUSSIAN} at most."
+        dims = parts.gaussian_dims
+        problem = f"the joint Gaussian has {dims} scalars; exact takes {MAX_GAUSSIAN} at most."
         reasons.append(Reason(name, problem, "Use method='qem'."))
     if parts.configurations > MAX_LISTED:
         name = max(parts.listed, key=lambda v: configurations(parts.graph, v)).name
         problem = (
-            f"discrete latents that meet Gaussian ones, or are read across their plate, have {parts.configurations:.3g} "
+            "discrete latents that meet Gaussian ones, or are read across their plate, have "
+            f"{parts.configurations:.3g} "
             f"joint configurations; exact lists {MAX_LISTED} at most."
         )
         reasons.append(Reason(name, problem, "Use method='qem'."))
@@ -122,7 +135,7 @@ def _sum_reasons(parts: Split) -> list[Reason]:
     return []
 
 
-# ---- the four groups ------------------------------------------------------------------------------------------
+# ---- the four groups -----------------------------------------------------------------------------
 
 
 def split(graph: Graph) -> Split:
@@ -162,13 +175,15 @@ def _meeting(graph: Graph, gaussian: frozenset[str]) -> frozenset[str]:
     found: set[str] = set()
     for factor in graph.densities:
         touched = variables_of(graph, factor)
-        if any(graph.variables[n].is_discrete and graph.variables[n].role == "latent" for n in touched):
+        if any(
+            graph.variables[n].is_discrete and graph.variables[n].role == "latent" for n in touched
+        ):
             found |= touched & gaussian
     return frozenset(found)
 
 
 def crossed_latents(graph: Graph) -> frozenset[str]:
-    """Latents that a factor reads across their own plate: by an index, a reduction, a pick or a shift."""
+    """Latents read across their own plate: by an index, a reduction, a pick or a shift."""
     found: set[str] = set()
     for node in graph.nodes:
         if node.op not in ("gather", "reduce", "dot", "pick", "shift"):
@@ -176,7 +191,9 @@ def crossed_latents(graph: Graph) -> frozenset[str]:
         operands = list(node.operands())
         for operand in operands[:1] if node.op == "gather" else operands:
             for name in upstream(graph, operand):
-                if graph.variables[name].role == "latent" and node.name in graph.closure(graph.variables[name].plates):
+                if graph.variables[name].role == "latent" and node.name in graph.closure(
+                    graph.variables[name].plates
+                ):
                     found.add(name)
     return frozenset(found)
 
@@ -184,11 +201,16 @@ def crossed_latents(graph: Graph) -> frozenset[str]:
 def gaussian_set(graph: Graph) -> frozenset[str]:
     """The largest set of latents, found greedily, that is jointly Gaussian given all others.
 
-    First goes whatever is not Gaussian by itself; then, where latents multiply each other, the fewest scalars whose
-    removal makes the rest affine.
+    First goes whatever is not Gaussian by itself; then, where latents multiply each other, the
+    fewest scalars whose removal makes the rest affine.
     """
     names = {v.name for v in graph.latents if _is_real(v)}
-    while bad := {n for f in graph.densities for n in variables_of(graph, f) & names if not _is_normal(graph, f, {n})}:
+    while bad := {
+        n
+        for f in graph.densities
+        for n in variables_of(graph, f) & names
+        if not _is_normal(graph, f, {n})
+    }:
         names -= bad
     failing = [f for f in graph.densities if not _is_normal(graph, f, names)]
     if not failing:
@@ -207,7 +229,7 @@ def _small_subsets(graph: Graph, names: Iterable[str]) -> list[frozenset[str]]:
 
 
 def _is_normal(graph: Graph, factor: Factor, names: set[str] | frozenset[str]) -> bool:
-    """Whether a factor, as a function of ``names``, is a Normal density at something affine in them."""
+    """Whether a factor is, in ``names``, a Normal density at something affine."""
     inside = frozenset(names) & variables_of(graph, factor)
     if not inside:
         return True
@@ -227,7 +249,7 @@ def _is_real(v: Variable) -> bool:
     return not v.is_discrete and support is constraints.real
 
 
-# ---- sizes ----------------------------------------------------------------------------------------------------
+# ---- sizes ---------------------------------------------------------------------------------------
 
 
 def count(graph: Graph, v: Variable) -> int:

@@ -92,7 +92,7 @@ def make_blocks(graph: Graph, options: QEM) -> tuple[Block, ...]:
     fixed: list[Block] = []
     for v in graph.latents:
         chain = graph.factors[v.name].chain if v.name in graph.factors else None
-        if v.is_discrete and v.cardinality is not None and v.cardinality <= options.enumerate_up_to:
+        if _is_enumerable(v, options):
             member = Member(v, (), (), None)
             fixed.append(Block(_axis([v.name]), (member,), v.plates, enumerated=True, chain=chain[0] if chain else None))
             continue
@@ -109,6 +109,11 @@ def make_blocks(graph: Graph, options: QEM) -> tuple[Block, ...]:
     groups = _groups(graph, members, options)
     blocks = [Block(_axis(g), tuple(members[n] for n in g), _block_plates(graph, members[g[0]])) for g in groups]
     return tuple(blocks + fixed)
+
+
+def _is_enumerable(v: Variable, options: QEM) -> bool:
+    # A vector of discrete values would have cardinality^length combinations in one element: its entries are sampled.
+    return v.is_discrete and v.cardinality is not None and not v.event_shape and v.cardinality <= options.enumerate_up_to
 
 
 def collapsed_plates(graph: Graph) -> dict[str, frozenset[str]]:
@@ -132,9 +137,16 @@ def collapsed_plates(graph: Graph) -> dict[str, frozenset[str]]:
 def _member(graph: Graph, v: Variable, crossed: frozenset[str], override: Any) -> Member:
     collapsed = tuple(p for p in v.plates if p in crossed)
     sizes = tuple(graph.plates[p].size or 2 for p in collapsed)
-    family, start = _family(v, override)
+    family, start = _family(v, _law_family(graph, v) if override is None and v.is_discrete else override)
     transform = None if family else _transform(v)
     return Member(v, collapsed, sizes, transform, family, start)
+
+
+def _law_family(graph: Graph, v: Variable) -> str | None:
+    """The family of a discrete latent's own law, when a proposal of it needs nothing else to be fixed."""
+    factor = graph.factors.get(v.name)
+    name = type(factor.law.family).__name__ if factor is not None and factor.law is not None else ""
+    return name if name in ("Bernoulli", "Categorical", "Poisson", "Geometric") else None
 
 
 def _transform(v: Variable) -> Transform | None:

@@ -204,6 +204,8 @@ def _fixed(member: Member) -> dict[str, Tensor | int]:
     family = FAMILIES[member.family or ""]
     if not family.fixed:
         return {}
+    if family.fixed == ("categories",) and member.variable.cardinality:
+        return {"categories": member.variable.cardinality}
     if member.start is None:
         raise ModelError(
             f"QEM(q={{'{member.name}': '{family.name}'}}): {family.name} needs its fixed {', '.join(family.fixed)}. "

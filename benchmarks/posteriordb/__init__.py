@@ -1,0 +1,1 @@
+"""The models of posteriordb in this language; ``benchmarks/posteriordb.py`` fits them."""

@@ -1,0 +1,180 @@
+"""Data for the models: classic tables typed in, and loaders for files too large for that.
+
+A file is looked for in the folder that ``$PPL_DATA`` names, then in ``../shared/data`` beside a
+source checkout. Nothing is downloaded: where a file is missing, the error says where to get it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ppl.errors import DataError
+
+_CHECKOUT = Path(__file__).resolve().parent.parent
+
+MINNESOTA_FILES = (
+    "radon_mn.json",  # the name in posteriordb
+    "posteriordb/radon_mn-radon_hierarchical_intercept_centered/data.json",
+)
+_MINNESOTA_SOURCE = (
+    "posterior_database/data/data/radon_mn.json.zip of https://github.com/stan-dev/posteriordb, "
+    "unpacked there as radon_mn.json"
+)
+_STATES_SOURCE = (
+    "https://github.com/alan-ppl/alan, examples/models/radon, written as a NumPy archive with the "
+    "arrays obs, basement and log_uranium, each with _train and _test at the end"
+)
+
+# Gelfand, Hills, Racine-Poon and Smith (1990): 30 young rats, a row of five weights each (grams).
+_AGES = [8.0, 15.0, 22.0, 29.0, 36.0]  # days
+_WEIGHTS = """
+    151 199 246 283 320   145 199 249 293 354   147 214 263 312 328   155 200 237 272 297
+    135 188 230 280 323   159 210 252 298 331   141 189 231 275 305   159 201 248 297 338
+    177 236 285 350 376   134 182 220 260 296   160 208 261 313 352   143 188 220 273 314
+    154 200 244 289 325   171 221 270 326 358   163 216 242 281 312   160 207 248 288 324
+    142 187 234 280 316   156 203 243 283 317   157 212 259 307 336   152 203 246 286 321
+    154 205 253 298 334   139 190 225 267 302   146 191 229 272 302   157 211 250 285 323
+    132 185 237 286 331   160 207 257 303 345   169 216 261 295 333   157 205 248 289 316
+    137 180 219 258 291   153 200 244 286 324
+"""
+
+
+class Split(NamedTuple):
+    """Data to fit, and data of the same form to judge the fit by."""
+
+    train: dict[str, Any]
+    test: dict[str, Any]
+
+
+def find(name: str) -> Path | None:
+    """The data file of this name, or None where it is not on this machine.
+
+    Args:
+        name: path inside the data folder, such as ``"radon/radon_states.npz"``.
+
+    >>> find("no such file") is None
+    True
+    """
+    folder = os.environ.get("PPL_DATA")
+    folders = [Path(folder).expanduser()] if folder else []
+    if (_CHECKOUT / "pyproject.toml").is_file():
+        folders.append(_CHECKOUT.parent / "shared" / "data")
+    paths = (folder / name for folder in folders)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def eight_schools() -> dict[str, Any]:
+    """Effects of coaching on SAT-V scores in eight schools, for :func:`ppl.models.eight_schools`.
+
+    Returns:
+        ``y`` and ``sigma`` ``[school]`` (points; estimated effect and its standard error), and the
+        schools' labels A to H.
+
+    Source: [Rubin1981], rounded to whole points as in [Gelman2013] table 5.2.
+
+    >>> eight_schools()["y"][:3]
+    [28.0, 8.0, -3.0]
+    """
+    return {
+        "school": list("ABCDEFGH"),
+        "y": [28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0],
+        "sigma": [15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0],
+    }
+
+
+def rats() -> dict[str, np.ndarray]:
+    """Weights of 30 young rats at five ages, for :func:`ppl.models.rats`.
+
+    Returns:
+        ``weight`` ``[rat, time]`` in grams and ``age`` ``[time]`` in days.
+
+    Source: A. E. Gelfand, S. E. Hills, A. Racine-Poon, A. F. M. Smith. *Illustration of Bayesian
+    Inference in Normal Data Models Using Gibbs Sampling.* JASA 85(412), 1990.
+
+    >>> rats()["weight"].shape
+    (30, 5)
+    """
+    weights = np.array(_WEIGHTS.split(), dtype=float).reshape(30, len(_AGES))
+    return {"weight": weights, "age": np.array(_AGES)}
+
+
+def radon_minnesota() -> dict[str, np.ndarray]:
+    """Radon in 919 houses of 85 counties of Minnesota, for :func:`ppl.models.radon`.
+
+    Returns:
+        One row a house: ``log_radon`` (log pCi/L), ``floor`` (0: measured in the basement, 1: on
+        the first floor), ``county`` (a label), ``uranium`` (log ppm, one value a county).
+
+    Raises:
+        DataError: the file is not on this machine.
+
+    Source: [GelmanHill2006] chapter 12; the table of posteriordb, whose counties are numbers.
+    """
+    found = (find(name) for name in MINNESOTA_FILES)
+    path = next((path for path in found if path is not None), None)
+    if path is None:
+        raise _absent(MINNESOTA_FILES[0], _MINNESOTA_SOURCE)
+    table = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        "log_radon": np.array(table["log_radon"], dtype=float),
+        "floor": np.array(table["floor_measure"], dtype=float),
+        "county": np.array([f"county {number:02d}" for number in table["county_idx"]]),
+        "uranium": np.array(table["log_uppm"], dtype=float),
+    }
+
+
+def radon_states() -> Split:
+    """Radon in four states, 150 zip codes each, for :func:`ppl.models.radon_states`.
+
+    Returns:
+        Train and test, each with ``obs`` (log pCi/L), ``basement`` (0 or 1) and ``log_uranium``
+        (log ppm), all ``[State, Zip]`` = ``[4, 150]``. The split is by sorted zip code, not at
+        random, so that covariates shift: scores on test are lower than on train.
+
+    Raises:
+        DataError: the file is not on this machine.
+
+    Source: [Heap2025], from the state residential radon survey of the EPA.
+    """
+    return _split("radon/radon_states.npz")
+
+
+def radon_counties() -> Split:
+    """Radon in seven states of five counties of five zip codes each, as :func:`radon_states`.
+
+    Returns:
+        Train and test, each array ``[State, County, Zip]`` = ``[7, 5, 5]``. Counties of test are
+        not those of train.
+
+    Raises:
+        DataError: the file is not on this machine.
+    """
+    return _split("radon/radon_counties.npz")
+
+
+def _split(name: str) -> Split:
+    path = find(name)
+    if path is None:
+        raise _absent(name, _STATES_SOURCE)
+    with np.load(path) as archive:
+        arrays = {key: archive[key].astype(float) for key in archive.files}
+    train, test = (
+        {key.removesuffix(part): array for key, array in arrays.items() if key.endswith(part)}
+        for part in ("_train", "_test")
+    )
+    return Split(train, test)
+
+
+def _absent(name: str, source: str) -> DataError:
+    folder = os.environ.get("PPL_DATA")
+    looked = f"'{folder}' ($PPL_DATA)" if folder else "$PPL_DATA (not set)"
+    return DataError(
+        f"the data file '{name}' is not on this machine: looked in {looked} and in ../shared/data "
+        f"beside a source checkout. Set PPL_DATA to a folder and put the file there. It is from "
+        f"{source}."
+    )
