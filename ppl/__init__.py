@@ -39,10 +39,8 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     *distributions.__all__,
-    "QEM",
     "DataError",
     "Evidence",
-    "Exact",
     "Model",
     "ModelError",
     "NumericalError",
@@ -59,7 +57,6 @@ __all__ = [
     "given",
     "infer",
     "latent",
-    "load",
     "logsumexp",
     "mean",
     "model",

@@ -167,13 +167,13 @@ class _Plates:
         """The column that says which element of ``plate`` each row belongs to, when rows are not elements themselves.
 
         In a data frame that is the column with the plate's name. In a mapping of arrays it must have as many rows as
-        ``column``, more than it has distinct entries.
+        ``column`` and hold labels, or repeat a position: labels have an order of their own, whatever their number.
         """
         for name in self._pointers(plate):
             key = self.columns.beside(column, name)
             if key is None or key is column or len(key.values) != rows:
                 continue
-            if column.table is not None or len(_distinct(key)) < rows:
+            if column.table is not None or key.is_text or len(_distinct(key)) < rows:
                 return key
         return None
 

@@ -103,6 +103,30 @@ class Diagnostics:
         return "\n".join(lines)
 
 
+def tail_index(weights: Tensor) -> Tensor:
+    """Pareto k of normalised importance weights, bounded by what the largest of them shows.
+
+    Of ``S`` weights with tail index k the largest holds about ``S^(k - 1)`` of the total. Nearly even weights have no
+    Pareto tail, and a fit to them says nothing; the bound keeps such a fit from raising an alarm.
+
+    Args:
+        weights: ``[*batch, S]``, each row sums to one.
+
+    Returns:
+        ``[*batch]``.
+
+    >>> even = torch.full((1000,), 1e-3) + 1e-4 * torch.linspace(-1, 1, 1000)
+    >>> bool(tail_index(even / even.sum()) < 0.1)
+    True
+    """
+    size = weights.shape[-1]
+    k = pareto_k(weights.clamp(min=torch.finfo(weights.dtype).tiny).log())
+    if size < 2:
+        return k
+    bound = 1.0 + weights.amax(-1).log() / math.log(size)
+    return torch.minimum(k, bound.to(k))
+
+
 def effective_sample_size(weights: Tensor) -> Tensor:
     """Number of equal weights that would be as noisy: ``1 / sum w^2`` ``[*batch]``.
 

@@ -18,6 +18,7 @@ from ppl import backend as backends
 from ppl.backend import Info, Reason, Settings
 from ppl.binding import Bound, Missing
 from ppl.errors import DataError, ModelError, NumericalError, UnsupportedError, trim_traceback
+from ppl.graph import Graph
 from ppl.model import Model
 from ppl.posterior import Posterior
 from ppl.streams import Streams, isolated
@@ -127,6 +128,8 @@ def explain(
 ) -> Explanation:
     """Which methods can fit the model, and why the others cannot; nothing is run.
 
+    Without data only the structure counts; with data each method also says what it would do, and its cost.
+
     >>> @model
     ... def pick_one():
     ...     latent("x", Normal(0.0, 1.0))
@@ -134,20 +137,24 @@ def explain(
     ('exact', 'qem')
     """
     _check_model(model)
-    bound = model.bind(data, sizes=sizes, labels=labels, need_observed=False)
-    rows = []
-    settings = Settings(Streams(0, bound.device), memory=_bytes(memory))
-    for name in backends.names():
-        backend = backends.load(name)
-        reasons = backend.supports(bound.graph)
-        note = ""
-        if not reasons and hasattr(backend, "describe"):
-            try:
-                note = backend.describe(bound, backend.Options(), settings)
-            except UnsupportedError as error:
-                reasons = [Reason("", str(error))]
-        rows.append(Explained(name, not reasons, tuple(reasons), note))
-    return Explanation(tuple(rows), str(bound.graph))
+    bound = None
+    if data is not None or sizes is not None or labels is not None:
+        bound = model.bind(data, sizes=sizes, labels=labels, need_observed=False)
+    graph = bound.graph if bound is not None else model.graph()
+    rows = [_explained(name, graph, bound, memory) for name in backends.names()]
+    return Explanation(tuple(rows), str(graph))
+
+
+def _explained(name: str, graph: Graph, bound: Bound | None, memory: int | str | None) -> Explained:
+    backend = backends.load(name)
+    reasons, note = backend.supports(graph), ""
+    if not reasons and bound is not None and hasattr(backend, "describe"):
+        settings = Settings(Streams(0, bound.device), memory=_bytes(memory))
+        try:
+            note = backend.describe(bound, backend.Options(), settings)
+        except UnsupportedError as error:
+            reasons = [Reason("", str(error))]
+    return Explained(name, not reasons, tuple(reasons), note)
 
 
 class Explained(NamedTuple):

@@ -81,6 +81,11 @@ class Posterior:
         """The factor graph that was fitted."""
         return self.bound.graph
 
+    @property
+    def labels(self) -> Mapping[str, Sequence[Any]]:
+        """Names of the elements of each plate, in the order of the tensors."""
+        return self.bound.labels
+
     def marginal(self, name: str) -> Marginal:
         """All that is kept of one site: weighted points, a Gaussian, or a table."""
         if name in self.marginals:

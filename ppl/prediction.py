@@ -28,6 +28,11 @@ class Prediction:
     draws: Mapping[str, Tensor]
     bound: Bound
 
+    @property
+    def labels(self) -> Mapping[str, Sequence[Any]]:
+        """Names of the elements of each plate, in the order of the tensors."""
+        return self.bound.labels
+
     def mean(self, name: str) -> Tensor:
         """Predictive mean ``[*plates, *event]``."""
         return self._site(name).mean(0)

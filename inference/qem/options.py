@@ -28,7 +28,8 @@ class QEM:
         enumerate_up_to: largest number of values of a discrete latent that is summed exactly.
         final_particles: of the last weighting; chosen from the size of the model by default.
         tails: degrees of freedom of the Student-t proposal of the last weighting; infinite for a Gaussian.
-        replicates: of the last weighting; their spread is the standard error of the log evidence.
+        replicates: of the last weighting; their spread is the standard error of the log evidence. At least 8 by default,
+            more where few particles fit into one.
 
     Source: [Heap2025]; the bridge and joint blocks are additions.
     """
@@ -44,7 +45,7 @@ class QEM:
     enumerate_up_to: int = 64
     final_particles: int | None = None
     tails: float = 5.0
-    replicates: int = 8
+    replicates: int | None = None
 
     def __post_init__(self) -> None:
         counts = self.particles.values() if isinstance(self.particles, Mapping) else [self.particles]
@@ -57,7 +58,7 @@ class QEM:
             raise ModelError(f"QEM(step=...): expected 'schedule', a number in (0, 1] or a function, got {self.step!r}.")
         if isinstance(self.step, (int, float)) and not 0 < self.step <= 1:
             raise ModelError(f"QEM(step=...): a constant step lies in (0, 1], got {self.step!r}.")
-        if self.replicates < 1:
+        if self.replicates is not None and self.replicates < 1:
             raise ModelError(f"QEM(replicates=...): expected at least 1, got {self.replicates!r}.")
 
     def step_at(self, t: int) -> float:

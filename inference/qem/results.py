@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ppl import marginals as mg
 from ppl.backend import Settings
-from ppl.diagnostics import Diagnostics, pareto_k
+from ppl.diagnostics import Diagnostics, tail_index
 from ppl.errors import NumericalError, UnsupportedError
 from ppl.inference.qem import kernel
 from ppl.inference.qem.blocks import Block, Member, make_blocks
@@ -28,6 +28,7 @@ from ppl.inference.qem.problem import (
     final_counts,
     make_weighting,
     particle_counts,
+    replicate_count,
 )
 from ppl.inference.qem.proposals import Joint, Particles, Proposal, to_free
 from ppl.marginals import Marginal
@@ -48,7 +49,8 @@ def posterior(problem: Problem, state: State) -> Posterior:
     chosen, agreement = _best_restart(problem, state)
     counts = final_counts(problem.weighting, problem.options, problem.settings.memory)
     weighting = make_weighting(problem.bound, problem.blocks, counts, 0, problem.settings.memory)
-    replicates = [_replicate(problem, weighting, chosen, i) for i in range(problem.options.replicates)]
+    number = replicate_count(problem.options, counts.values())
+    replicates = [_replicate(problem, weighting, chosen, i) for i in range(number)]
     log_z = torch.stack([r.log_z for r in replicates])
     if bool(log_z.isnan().any()) or not bool(log_z.isfinite().any()):
         raise NumericalError("qem, last weighting: no particle has a finite weight. Run longer, or with more particles.")
@@ -195,7 +197,7 @@ def _diagnostics(
     for name, m in marginals.items():
         if isinstance(m, mg.Weighted):
             ess[name] = 1.0 / m.weights.square().sum(0)
-            tails[name] = pareto_k(m.weights.clamp(min=1e-300).log().movedim(0, -1))
+            tails[name] = tail_index(m.weights.movedim(0, -1))
     warnings = []
     if state.bridge < 1:
         warnings.append(f"the weights are still tempered (exponent {state.bridge:.2g} of 1)")
