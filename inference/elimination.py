@@ -345,6 +345,6 @@ def _crossing(layout: Layout, owners: dict[str, Context], context: Context) -> s
     return (
         f"particle axes {names} meet in one factor over plates "
         f"{', '.join(layout.innermost(context))}, where each has a separate index for every "
-        "element of crossing plates: no order of elimination is polynomial. Share one particle "
-        "index over one of the plates (groups=...), or use another method."
+        "element of crossing plates: no order of elimination is polynomial. Leave one side without "
+        "latents, or use another method."
     )

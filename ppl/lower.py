@@ -396,7 +396,7 @@ class Compiler:
 
         def run(*tensors: Tensor) -> Tensor:
             lead = torch.broadcast_shapes(*(t.shape[:n] for t in tensors))
-            return join([t.expand(*lead, *t.shape[n:]) for t in tensors], dim=at)
+            return join([t.expand((*lead, *t.shape[n:])) for t in tensors], dim=at)
 
         return Operand(self._emit(run, slots), axes, rank)
 

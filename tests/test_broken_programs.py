@@ -273,7 +273,7 @@ def budget_too_small():
         with plate("row"):
             observe("y", Normal(x.sum(), 1.0))
 
-    infer(m, {"y": torch.zeros(1000)}, method="qem", particles=100, memory="1KiB")
+    infer(m, {"y": torch.zeros(1000)}, method="qem", particles=1000, memory="1KiB")
 
 
 def simplex_index_wrong_size():

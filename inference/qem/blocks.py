@@ -233,9 +233,9 @@ def _automatic(graph: Graph, members: Mapping[str, Member], free: Sequence[str],
     """Merge latents of one context that meet in a factor while the joint Gaussian stays small."""
     groups = [[n] for n in free]
     limit = max(options.joint_up_to, 1)
-    for factor in graph.densities:
-        for a in factor.scope:
-            for b in factor.scope:
+    for scope in _meetings(graph, options):
+        for a in scope:
+            for b in scope:
                 left, right = _find(groups, a), _find(groups, b)
                 if left is None or right is None or left is right:
                     continue
@@ -244,6 +244,16 @@ def _automatic(graph: Graph, members: Mapping[str, Member], free: Sequence[str],
                     left.extend(right)
                     groups.remove(right)
     return [sorted(g, key=list(members).index) for g in groups]
+
+
+def _meetings(graph: Graph, options: QEM) -> list[tuple[str, ...]]:
+    """Scopes of the factors, and of all factors around an enumerated latent together: it is summed out of their product."""
+    scopes = [f.scope for f in graph.densities]
+    for v in graph.latents:
+        if _is_enumerable(v, options):
+            around = [n for s in scopes if v.name in s for n in s]
+            scopes = [*scopes, tuple(dict.fromkeys(around))]
+    return scopes
 
 
 def _find(groups: list[list[str]], name: str) -> list[str] | None:

@@ -26,8 +26,9 @@ from ppl.inference.qem.proposals import Joint, Particles, Proposal
 from ppl.simulation import Known, simulate
 from ppl.streams import Streams
 
-_ENOUGH = 1 / 3  # share of the particles that the effective sample size must reach while the bridge is down
-_STRIDE = 0.3  # step while the bridge is down
+_ENOUGH = 0.2  # share of the particles that the effective sample size must reach while the bridge is down
+_STRIDE = 0.4  # step while the bridge is down
+_COLLAPSED = 0.02  # share below which the bridge comes down again
 _LEARNING_RATE = 0.1  # of params, on their unconstrained scale
 _PRIOR_DRAWS = 500
 
@@ -83,6 +84,8 @@ def step(problem: Problem, state: State, batch: Any = None) -> tuple[State, Info
             )
     params = _learn(problem, state, here) if state.params else state.params
     crossed = state.crossed + 1 if bridge == 1.0 else 0
+    if crossed > 1 and options.bridge and states and _share(weighting, weights) < _COLLAPSED:
+        bridge, crossed = 0.25, 0
     new = State(states, params, bridge, crossed, state.iteration + 1)
     return new, _info(problem, new, weights)
 

@@ -21,7 +21,7 @@ from ppl.lower import Compiler, Lowered, Operand, map_name
 
 _COMFORTABLE = 200_000  # entries of the largest array up to which more particles cost next to nothing
 _AMPLE = 4_000_000  # entries of the largest array of the last weighting
-_COUNTS = (2000, 1000, 700, 500, 300, 200, 150, 100, 70, 50)  # particles of the last weighting, the most that fit
+_COUNTS = (2000, 1000, 700, 500, 300, 200, 150, 100, 70, 50, 30)  # particles of the last weighting, the most that fit
 _POINTS = 2000  # particles of all replicates together, at least
 DEFAULT_MEMORY = 4 * 2**30
 
@@ -138,21 +138,26 @@ def particle_counts(bound: Bound, blocks: Sequence[Block], options: QEM, setting
 
 
 def final_counts(weighting: Weighting, options: QEM, memory: int | None) -> dict[str, int]:
-    """Particles of the last weighting: up to 2000 a block while the largest array stays ample."""
-    floor = {b.axis: weighting.sizes[b.axis] for b in weighting.blocks}
+    """Particles of the last weighting: up to 2000 a block while the largest array stays ample.
+
+    Blocks in plates get more than those outside: their sums are estimates that multiply over the plate, and replicates
+    add particles to the others.
+    """
+    blocks = weighting.blocks
     budget = min(_AMPLE, (memory or DEFAULT_MEMORY) // 64)
     for count in (options.final_particles,) if options.final_particles else _COUNTS:
-        sizes = {b.axis: floor[b.axis] if b.enumerated else max(count, 1) for b in weighting.blocks}
-        if options.final_particles or largest(weighting.bound, weighting.blocks, sizes) <= budget:
+        inner = count if options.final_particles else min(4 * count, _COUNTS[0])
+        sizes = {b.axis: values_of(b) if b.enumerated else inner if b.plates else count for b in blocks}
+        if options.final_particles or largest(weighting.bound, blocks, sizes) <= budget:
             return sizes
-    return floor
+    return {b.axis: weighting.sizes[b.axis] for b in blocks}
 
 
 def replicate_count(options: QEM, counts: Iterable[int]) -> int:
     """Replicates of the last weighting: at least 8, and up to 40 where each has few particles."""
     if options.replicates is not None:
         return options.replicates
-    return min(max(8, math.ceil(_POINTS / max(counts, default=_POINTS))), 40)
+    return min(max(8, math.ceil(_POINTS / min(counts, default=_POINTS))), 40)
 
 
 def largest(bound: Bound, blocks: Sequence[Block], sizes: Mapping[str, int]) -> int:

@@ -49,7 +49,7 @@ def posterior(problem: Problem, state: State) -> Posterior:
     chosen, agreement = _best_restart(problem, state)
     counts = final_counts(problem.weighting, problem.options, problem.settings.memory)
     weighting = make_weighting(problem.bound, problem.blocks, counts, 0, problem.settings.memory)
-    number = replicate_count(problem.options, counts.values())
+    number = replicate_count(problem.options, [counts[b.axis] for b in problem.blocks if not b.enumerated])
     replicates = [_replicate(problem, weighting, chosen, i) for i in range(number)]
     log_z = torch.stack([r.log_z for r in replicates])
     if bool(log_z.isnan().any()) or not bool(log_z.isfinite().any()):
