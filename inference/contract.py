@@ -397,7 +397,7 @@ def _detach(factor: LogFactor) -> LogFactor:
     return LogFactor(factor.axes, factor.log.detach())
 
 
-def _total(layout: Layout, slots: Sequence[Tensor | None], program: Program) -> Tensor:
+def _total(layout: Layout, slots: Sequence[Tensor], program: Program) -> Tensor:
     return _sum_outputs(layout, [slots[t.slot] for t in program.outputs], program.outputs)
 
 

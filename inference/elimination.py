@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import opt_einsum
 
@@ -67,7 +68,7 @@ class Compiler:
         inputs: Sequence[Term],
         axes: Iterable[str],
         context: Context,
-        **more: object,
+        **more: Any,
     ) -> Term:
         output = Term(self.count, self.layout.canonical(axes), context)
         self.count += 1

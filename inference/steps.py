@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from ppl.inference.drawing import Chosen, selected, unravel
 from ppl.inference.layout import Chain, Layout, Term
 from ppl.inference.logspace import draw_categorical, log_matmul, log_sum_product, wide
 
-Slots = list[Tensor | None]
+Slots = list[Any]  # tensors, None where nothing stands yet
 
 
 class IndexCache:
@@ -42,7 +43,9 @@ class Step:
 
     def __call__(self, slots: Slots, overwrite: bool = False) -> None:
         tensors = [slots[term.slot] for term in self.inputs]
-        slots[self.output.slot] = self.overwriting(*tensors) if overwrite else self.compute(*tensors)
+        slots[self.output.slot] = (
+            self.overwriting(*tensors) if overwrite else self.compute(*tensors)
+        )
 
     def compute(self, *tensors: Tensor) -> Tensor:
         raise NotImplementedError

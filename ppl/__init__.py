@@ -19,9 +19,9 @@ from ppl.posterior import Evidence, Posterior
 from ppl.sites import deterministic, factor, given, latent, observe, param, scope
 
 if TYPE_CHECKING:
-    from ppl.inference.exact import Exact
-    from ppl.inference.qem import QEM
-    from ppl.save import load
+    from ppl.inference.exact import Exact as Exact
+    from ppl.inference.qem import QEM as QEM
+    from ppl.save import load as load
 
 __version__ = "0.1.0"
 

@@ -106,13 +106,28 @@ def infer(
     """
     _check_model(model)
     try:
-        bound = model.bind(data, sizes=sizes, labels=labels, missing=missing, dtype=dtype, device=device)
+        bound = model.bind(
+            data, sizes=sizes, labels=labels, missing=missing, dtype=dtype, device=device
+        )
         method, why = _choose(bound, options) if method == "auto" else (method, "asked for by name")
         name, backend, record = backends.resolve(method, options)
         _check_supported(name, backend.supports(bound.graph))
         streams = Streams(seed, bound.device)
-        settings = Settings(streams, _restarts(restarts), _bytes(memory), max_iters, tol, minibatch, prior)
-        run = _Run(model, name, why, backend, record, settings, bound, progress, tuple(callbacks), checkpoint)
+        settings = Settings(
+            streams, _restarts(restarts), _bytes(memory), max_iters, tol, minibatch, prior
+        )
+        run = _Run(
+            model,
+            name,
+            why,
+            backend,
+            record,
+            settings,
+            bound,
+            progress,
+            tuple(callbacks),
+            checkpoint,
+        )
         return run.fit()
     except (ModelError, DataError, UnsupportedError) as error:
         raise trim_traceback(error) from None
@@ -211,11 +226,18 @@ class _Run:
         callbacks: tuple[Callback, ...],
         checkpoint: str | Path | None,
     ) -> None:
-        self.model, self.name, self.why, self.backend, self.settings, self.bound = model, name, why, backend, settings, bound
+        self.model, self.name, self.why, self.backend, self.settings, self.bound = (
+            model,
+            name,
+            why,
+            backend,
+            settings,
+            bound,
+        )
         self.callbacks = callbacks
         self.line = _Line(name, progress)
         self.problem = backend.prepare(bound, options, settings)
-        self.limit = settings.max_iters or getattr(self.problem, "max_iters", 1)
+        self.limit: int = settings.max_iters or int(getattr(self.problem, "max_iters", 1))
         self.rule = _StopRule(0.1 if settings.tol is None else settings.tol)
         self.iteration, self.seconds, self.saved = 0, 0.0, 0.0
         self.metrics: dict[str, list[float]] = {}
@@ -272,15 +294,24 @@ class _Run:
         self._write()
 
     def _finished(self, posterior: Posterior) -> Posterior:
-        posterior.model, posterior.why, posterior.seed = self.model, self.why, self.settings.streams.seed
+        posterior.model, posterior.why, posterior.seed = (
+            self.model,
+            self.why,
+            self.settings.streams.seed,
+        )
         posterior.trace = {k: torch.tensor(v, dtype=torch.float64) for k, v in self.metrics.items()}
         posterior._continue = self._more
         found = posterior.diagnostics
         notes = list(found.warnings)
         if self.ended == "interrupted":
-            notes.insert(0, f"interrupted after {self.iteration} iterations; this is the state so far")
+            notes.insert(
+                0, f"interrupted after {self.iteration} iterations; this is the state so far"
+            )
         elif self.ended == "limit" and self.limit > 1:
-            notes.insert(0, f"not converged after {self.iteration} iterations; continue with posterior.resume(100)")
+            notes.insert(
+                0,
+                f"not converged after {self.iteration} iterations; continue with posterior.resume(100)",
+            )
         posterior.diagnostics = replace(
             found,
             converged=self.ended == "converged",
@@ -322,13 +353,20 @@ class _Run:
         if self.file is None or not self.file.exists():
             return
         content = torch.load(self.file, weights_only=True)
-        if content.get("fingerprint") != self.bound.graph.fingerprint() or content.get("method") != self.name:
+        if (
+            content.get("fingerprint") != self.bound.graph.fingerprint()
+            or content.get("method") != self.name
+        ):
             raise DataError(
                 f"checkpoint '{self.file}' belongs to another model or method. Name another file, or delete this one."
             )
         _, spec = tree_flatten(self.state)
         self.state = tree_unflatten(content["leaves"], spec)
-        self.iteration, self.seconds, self.metrics = content["iteration"], content["seconds"], content["metrics"]
+        self.iteration, self.seconds, self.metrics = (
+            content["iteration"],
+            content["seconds"],
+            content["metrics"],
+        )
         self.settings.streams.restore(content["streams"])
 
 
@@ -351,7 +389,9 @@ class _StopRule:
         if len(self.seen) < 2 * _WINDOW:
             return False
         self.seen = self.seen[-2 * _WINDOW :]
-        early, late = (torch.stack(part).mean(0) for part in (self.seen[:_WINDOW], self.seen[_WINDOW:]))
+        early, late = (
+            torch.stack(part).mean(0) for part in (self.seen[:_WINDOW], self.seen[_WINDOW:])
+        )
         change = (late - early) if info.unit is None else (late - early) / info.unit
         return bool(change.square().mean().sqrt() < self.tol)
 
@@ -365,7 +405,9 @@ class _Line:
         self.last = 0.0
         self.width = 0
 
-    def show(self, iteration: int, limit: int, metrics: Mapping[str, float], seconds: float) -> None:
+    def show(
+        self, iteration: int, limit: int, metrics: Mapping[str, float], seconds: float
+    ) -> None:
         now = time.perf_counter()
         if not self.on or now - self.last < 0.2:
             return
@@ -417,14 +459,24 @@ def _bytes(memory: int | str | None) -> int | None:
     """
     if memory is None or isinstance(memory, int):
         return memory
-    units = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+    units = {
+        "b": 1,
+        "kb": 10**3,
+        "mb": 10**6,
+        "gb": 10**9,
+        "kib": 2**10,
+        "mib": 2**20,
+        "gib": 2**30,
+    }
     text = memory.strip().lower()
     digits = text.rstrip("abcdefghijklmnopqrstuvwxyz ")
     unit = text[len(digits) :].strip() or "b"
     try:
         return int(float(digits) * units[unit])
     except (ValueError, KeyError):
-        raise ModelError(f"memory: expected bytes or text such as '4GiB', got {memory!r}.") from None
+        raise ModelError(
+            f"memory: expected bytes or text such as '4GiB', got {memory!r}."
+        ) from None
 
 
 def _is_stop(answer: Any) -> bool:

@@ -34,7 +34,7 @@ class Where(NamedTuple):
 
 def user_frame(start: FrameType | None = None) -> FrameType | None:
     """The innermost frame outside this package, torch and NumPy, or None at top level."""
-    frame = start or sys._getframe(1)
+    frame: FrameType | None = start or sys._getframe(1)
     while frame is not None and _is_internal(frame.f_code.co_filename):
         frame = frame.f_back
     return frame
@@ -49,7 +49,12 @@ def user_line() -> Where:
 def _is_internal(file: str) -> bool:
     if file.startswith(_SHIPPED_MODELS):
         return False
-    return file.startswith(_OURS) or "/numpy/" in file or file.startswith("<frozen") or "/contextlib.py" in file
+    return (
+        file.startswith(_OURS)
+        or "/numpy/" in file
+        or file.startswith("<frozen")
+        or "/contextlib.py" in file
+    )
 
 
 class PPLError(Exception):

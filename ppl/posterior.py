@@ -92,9 +92,8 @@ class Posterior:
             return self.marginals[name]
         if name in self.bound.graph.deterministics:
             draws = self._pool()[name].to(self.bound.dtype)
-            weights = torch.full_like(draws[(slice(None), *(0,) * (draws.ndim - 1))], 1 / len(draws))
-            plates = draws.ndim - 1
-            return mg.Weighted(draws, weights.reshape(-1, *(1,) * plates))
+            even = torch.full((len(draws),), 1 / len(draws), dtype=draws.dtype, device=draws.device)
+            return mg.Weighted(draws, even.reshape(-1, *(1,) * (draws.ndim - 1)))
         if name in self.params:
             return mg.Gaussian(self.params[name], torch.zeros_like(self.params[name]))
         raise self._unknown(name)
@@ -154,7 +153,13 @@ class Posterior:
     # ---- prediction -----------------------------------------------------------------------------------------
 
     def predict(
-        self, data: Any = None, *, n: int = 1000, sites: Sequence[str] | None = None, seed: int | None = None, **binding: Any
+        self,
+        data: Any = None,
+        *,
+        n: int = 1000,
+        sites: Sequence[str] | None = None,
+        seed: int | None = None,
+        **binding: Any,
     ) -> Any:
         """Draws of the observed sites for new data; see :func:`ppl.prediction.predict`."""
         from ppl.prediction import predict
@@ -167,7 +172,9 @@ class Posterior:
 
         return forecast(self, n=n, seed=seed, **steps)
 
-    def log_likelihood(self, data: Any = None, *, n: int = 1000, seed: int | None = None) -> dict[str, Tensor]:
+    def log_likelihood(
+        self, data: Any = None, *, n: int = 1000, seed: int | None = None
+    ) -> dict[str, Tensor]:
         """Log-likelihood ``[n, *plates]`` of every observed entry under joint posterior draws."""
         from ppl.prediction import log_likelihood
 
@@ -245,7 +252,11 @@ class Posterior:
         names = [d for d in self.bound.graph.deterministics if d not in draws]
         if names:
             known = {k: Known(v) for k, v in draws.items()}
-            known |= {k: Known(v.expand(n, *v.shape)) for k, v in self.bound.values.items() if self._is_observed(k)}
+            known |= {
+                k: Known(v.expand(n, *v.shape))
+                for k, v in self.bound.values.items()
+                if self._is_observed(k)
+            }
             draws |= simulate(self.bound, n, Streams(self.seed), known=known, sites=names)
         return draws
 

@@ -44,7 +44,9 @@ class Prediction:
     def quantile(self, name: str, q: float | Sequence[float]) -> Tensor:
         """Predictive quantiles; the levels of a sequence come first."""
         draws = self._site(name)
-        return torch.quantile(draws, torch.as_tensor(q, dtype=draws.dtype, device=draws.device), dim=0)
+        return torch.quantile(
+            draws, torch.as_tensor(q, dtype=draws.dtype, device=draws.device), dim=0
+        )
 
     def interval(self, name: str, mass: float = 0.9) -> Tensor:
         """Central predictive interval ``[2, *plates, *event]``."""
@@ -65,7 +67,9 @@ class Prediction:
 
     def _site(self, name: str) -> Tensor:
         if name not in self.draws:
-            raise DataError(f"nothing was predicted for '{name}'.{nearest(name, self.draws)} Sites: {', '.join(self.draws)}.")
+            raise DataError(
+                f"nothing was predicted for '{name}'.{nearest(name, self.draws)} Sites: {', '.join(self.draws)}."
+            )
         return self.draws[name].to(self.bound.dtype)
 
     def __repr__(self) -> str:
@@ -101,17 +105,25 @@ def predict(
     streams = Streams(posterior.seed + 2 if seed is None else seed)
     draws = posterior.samples(n, seed=streams.seed)
     bound = _rebound(posterior, data, sizes, labels)
-    known = {name: _matched(posterior.bound, bound, name, draw) for name, draw in draws.items() if _is_site(bound, name)}
+    known = {
+        name: _matched(posterior.bound, bound, name, draw)
+        for name, draw in draws.items()
+        if _is_site(bound, name)
+    }
     drawn = simulate(bound, n, Streams(streams.seed, bound.device), known=known)
     if sites is not None:
         unknown = [s for s in sites if s not in drawn]
         if unknown:
-            raise DataError(f"predict: there is no site '{unknown[0]}'.{nearest(unknown[0], drawn)}")
+            raise DataError(
+                f"predict: there is no site '{unknown[0]}'.{nearest(unknown[0], drawn)}"
+            )
         drawn = {name: drawn[name] for name in sites}
     return Prediction(drawn, bound)
 
 
-def forecast(posterior: Posterior, *, n: int = 1000, seed: int | None = None, **steps: int) -> Prediction:
+def forecast(
+    posterior: Posterior, *, n: int = 1000, seed: int | None = None, **steps: int
+) -> Prediction:
     """Draw the next elements of an ordered plate.
 
     Args:
@@ -130,7 +142,11 @@ def forecast(posterior: Posterior, *, n: int = 1000, seed: int | None = None, **
     bound = _extended(posterior.bound, plate, count)
     streams = Streams(posterior.seed + 3 if seed is None else seed)
     draws = posterior.samples(n, seed=streams.seed)
-    known = {name: _matched(posterior.bound, bound, name, d) for name, d in draws.items() if _is_site(bound, name)}
+    known = {
+        name: _matched(posterior.bound, bound, name, d)
+        for name, d in draws.items()
+        if _is_site(bound, name)
+    }
     drawn = simulate(bound, n, Streams(streams.seed, bound.device), known=known)
     start = posterior.bound.size(plate)
     future = {}
@@ -138,13 +154,21 @@ def forecast(posterior: Posterior, *, n: int = 1000, seed: int | None = None, **
         plates = _plates_of(bound, name)
         if plate in plates:
             future[name] = draw.narrow(1 + plates.index(plate), start, count)
-    graph = replace(bound.graph, plates={**bound.graph.plates, plate: replace(bound.graph.plates[plate], size=count)})
+    graph = replace(
+        bound.graph,
+        plates={**bound.graph.plates, plate: replace(bound.graph.plates[plate], size=count)},
+    )
     labels = {**bound.labels, plate: list(bound.labels[plate])[start:]}
     return Prediction(future, replace(bound, graph=graph, labels=labels))
 
 
 def log_likelihood(
-    posterior: Posterior, data: Any = None, *, n: int = 1000, seed: int | None = None, **binding: Any
+    posterior: Posterior,
+    data: Any = None,
+    *,
+    n: int = 1000,
+    seed: int | None = None,
+    **binding: Any,
 ) -> dict[str, Tensor]:
     """Log-likelihood of every observed entry under joint draws, in nats.
 
@@ -162,7 +186,11 @@ def log_likelihood(
     draws = posterior.samples(n, seed=streams.seed)
     bound = _rebound(posterior, data, binding.get("sizes"), binding.get("labels"), observed=True)
     if data is not None:
-        known = {name: _matched(posterior.bound, bound, name, d) for name, d in draws.items() if _is_site(bound, name)}
+        known = {
+            name: _matched(posterior.bound, bound, name, d)
+            for name, d in draws.items()
+            if _is_site(bound, name)
+        }
         latents = [v.name for v in bound.graph.latents]
         draws |= simulate(bound, n, Streams(streams.seed, bound.device), known=known, sites=latents)
     parts = [_entry_densities(bound, chunk) for chunk in _chunks(bound, draws, n)]
@@ -184,11 +212,22 @@ def leave_one_out(posterior: Posterior, *, n: int = 1000, seed: int | None = Non
 
 def _entry_densities(bound: Bound, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
     graph = bound.graph
-    axes = {v.name: (DRAW, *v.plates) if v.name in draws else v.plates for v in graph.variables.values()}
+    axes = {
+        v.name: (DRAW, *v.plates) if v.name in draws else v.plates for v in graph.variables.values()
+    }
     compiler = Compiler(
-        graph, axes, (DRAW, *graph.plates), dtype=bound.dtype, device=bound.device, masks=tuple(bound.masks)
+        graph,
+        axes,
+        (DRAW, *graph.plates),
+        dtype=bound.dtype,
+        device=bound.device,
+        masks=tuple(bound.masks),
     )
-    sites = [f for f in graph.densities if f.kind == "conditional" and graph.variables[f.name].role == "observed"]
+    sites = [
+        f
+        for f in graph.densities
+        if f.kind == "conditional" and graph.variables[f.name].role == "observed"
+    ]
     for site in sites:
         if site.chain is not None:
             raise UnsupportedError(
@@ -226,7 +265,9 @@ def _rebound(
     if data is None and sizes is None and labels is None:
         return posterior.bound
     if posterior.model is None:
-        raise DataError("this posterior does not know its model, so new data cannot be bound. Load it with load(file, model).")
+        raise DataError(
+            "this posterior does not know its model, so new data cannot be bound. Load it with load(file, model)."
+        )
     old = posterior.bound
     return posterior.model.bind(
         data, sizes=sizes, labels=labels, need_observed=observed, dtype=old.dtype, device=old.device
@@ -264,11 +305,15 @@ def _rows(old: Sequence[Any], new: Sequence[Any]) -> Tensor:
 def _forecast_plate(posterior: Posterior, steps: Mapping[str, int]) -> tuple[str, int]:
     plates = posterior.bound.graph.plates
     if len(steps) != 1:
-        raise DataError(f"forecast: expected one ordered plate and a number of steps, such as forecast(year=10), got {dict(steps)}.")
+        raise DataError(
+            f"forecast: expected one ordered plate and a number of steps, such as forecast(year=10), got {dict(steps)}."
+        )
     ((plate, count),) = steps.items()
     if plate not in plates or not plates[plate].ordered:
         ordered = [p for p in plates if plates[p].ordered]
-        raise DataError(f"forecast: '{plate}' is not an ordered plate.{nearest(plate, ordered)} Ordered: {ordered or 'none'}.")
+        raise DataError(
+            f"forecast: '{plate}' is not an ordered plate.{nearest(plate, ordered)} Ordered: {ordered or 'none'}."
+        )
     if count < 1:
         raise DataError(f"forecast({plate}={count}): expected at least one step.")
     return plate, count
@@ -285,7 +330,9 @@ def _extended(bound: Bound, plate: str, count: int) -> Bound:
             )
     below = [p.name for p in graph.plates.values() if plate in p.parents]
     if below:
-        raise DataError(f"forecast: plate '{below[0]}' lies within '{plate}'. Use predict with new data for both.")
+        raise DataError(
+            f"forecast: plate '{below[0]}' lies within '{plate}'. Use predict with new data for both."
+        )
     size = bound.size(plate)
     plates = {**graph.plates, plate: replace(graph.plates[plate], size=size + count)}
     labels = {**bound.labels, plate: _continued(bound.labels[plate], count)}

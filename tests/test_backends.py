@@ -89,7 +89,10 @@ def hidden_markov():
 GRAPHS = {
     "coin": (coin, {"heads": [1, 0, 1, 1, 1]}),
     "regression": (regression, {"x": [-1.0, 0.0, 0.5, 2.0], "y": [0.1, 0.9, 1.6, 3.2]}),
-    "groups": (groups, {"score": [2.0, 1.0, 0.1, 4.0, 3.0, float("nan")], "school": list("aabbbc")}),
+    "groups": (
+        groups,
+        {"score": [2.0, 1.0, 0.1, 4.0, 3.0, float("nan")], "school": list("aabbbc")},
+    ),
     "mixture": (mixture, {"x": [-2.0, 0.5, 3.0], "centre": [-2.0, 2.0]}),
     "walk": (walk, {"y": [0.3, 0.9, -0.2, 0.4, 1.0]}),
     "hidden markov": (hidden_markov, {"y": [0.2, -0.5, 2.7, 3.5, 3.0, 0.1]}),
@@ -119,7 +122,9 @@ def test_a_step_changes_nothing_that_it_was_given(method, graph):
     program, data = GRAPHS[graph]
     problem = module.prepare(program.bind(data), module.Options(), Settings(Streams(0)))
     state = module.init(problem)
-    before = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in tree_flatten(state)[0]]
+    before = [
+        leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in tree_flatten(state)[0]
+    ]
     bound = {k: v.clone() for k, v in problem.bound.values.items()}
     module.step(problem, state, None)
     for old, new in zip(before, tree_flatten(state)[0], strict=True):

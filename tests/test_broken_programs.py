@@ -188,7 +188,9 @@ def counted_from_one():
 
 
 def label_not_known():
-    infer(grouped, {"y": [1.0, 2.0], "group": ["a", "b"]}, method="qem", labels={"group": ["a", "c"]})
+    infer(
+        grouped, {"y": [1.0, 2.0], "group": ["a", "b"]}, method="qem", labels={"group": ["a", "c"]}
+    )
 
 
 def no_membership():
@@ -312,7 +314,11 @@ def nonsense_prior():
 
 HERE = r"test_broken_programs\.py:\d+"
 ROWS = [
-    (outside_its_plate, ModelError, [HERE, "'theta' varies over plate 'school'", "index it", "reduce it"]),
+    (
+        outside_its_plate,
+        ModelError,
+        [HERE, "'theta' varies over plate 'school'", "index it", "reduce it"],
+    ),
     (branch, ModelError, [HERE, "may not branch", "torch.where"]),
     (assignment, ModelError, [HERE, "may not assign", "torch.stack"]),
     (to_numpy, ModelError, [HERE, "number or a NumPy array", "torch.exp"]),

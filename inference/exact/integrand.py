@@ -37,7 +37,7 @@ class Case(NamedTuple):
         return Case(self.point[rows], self.configuration[rows])
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         """Number of cases."""
         return len(self.point)
 
@@ -110,24 +110,24 @@ class Integrand:
             whole = padded(value, 1 + len(sizes))
             total = total + whole.expand(-1, *sizes).reshape(len(whole), -1).sum(1)
         if self.gaussian is not None:
-            total = total + self.gaussian.solve(arrays, cases.count).log_evidence
+            total = total + self.gaussian.solve(arrays, cases.number).log_evidence
         if self.contraction is not None:
-            total = total + self.contraction.log_evidence(arrays, cases.count)
+            total = total + self.contraction.log_evidence(arrays, cases.number)
         return torch.where(total.isnan() | (total == torch.inf), -torch.inf, total)
 
     def _placed(self, cases: Case) -> tuple[dict[str, Tensor], Tensor]:
         """Arrays of all cases, and the log-volume ``[g]`` of the change of variables."""
         arrays, start = {}, 0
-        volume = cases.point.new_zeros(cases.count)
+        volume = cases.point.new_zeros(cases.number)
         for v in self.parts.outer:
             shape = (*(self.bound.size(p) for p in v.plates), *free_shape(v))
             size = math.prod(shape)
-            free = cases.point[:, start : start + size].reshape(cases.count, *shape)
+            free = cases.point[:, start : start + size].reshape(cases.number, *shape)
             start += size
             transform = bijection(v)
             arrays[v.name] = transform(free)
             log_det = transform.log_abs_det_jacobian(free, arrays[v.name])
-            volume = volume + log_det.reshape(cases.count, -1).sum(-1)
+            volume = volume + log_det.reshape(cases.number, -1).sum(-1)
         number = cases.configuration
         for v in self.parts.listed:
             arrays[v.name], number = _digits(number, v, self.bound.shape(v))

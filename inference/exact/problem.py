@@ -172,7 +172,7 @@ def _diagnostics(problem: Problem, state: State, cases: _Cases) -> Diagnostics:
             f"quadrature: log evidence and moments (in sd) may be wrong by {error:.1g}, more than "
             f"tol={problem.options.tol:.1g}; the integrand is not smooth, or has narrow parts"
         )
-    about = {"nodes": len(state.point), "cases": cases.case.count, "quadrature error": error}
+    about = {"nodes": len(state.point), "cases": cases.case.number, "quadrature error": error}
     return Diagnostics({}, {}, True, 1, 0.0, tuple(notes), about)
 
 
@@ -195,7 +195,7 @@ def _marginals(problem: Problem, cases: _Cases) -> dict[str, Marginal]:
     values = integrand.values(cases.case)
     for v in integrand.parts.outer:
         weights = cases.weight.reshape(-1, *(1,) * len(v.plates))
-        shape = (cases.case.count, *(problem.bound.size(p) for p in v.plates))
+        shape = (cases.case.number, *(problem.bound.size(p) for p in v.plates))
         found[v.name] = Weighted(values[v.name], weights.expand(shape))
     for v in integrand.parts.listed:
         hits = values[v.name].unsqueeze(-1) == torch.arange(
@@ -212,13 +212,13 @@ def _gaussian_marginals(cases: _Cases) -> dict[str, Marginal]:
     if part is None:
         return {}
     means, spreads = [], []
-    for rows in integrand.chunks(cases.case.count):
+    for rows in integrand.chunks(cases.case.number):
         chunk = cases.case.at(rows)
-        solution = part.solve(integrand.values(chunk), chunk.count)
+        solution = part.solve(integrand.values(chunk), chunk.number)
         means.append(solution.mean)
         spreads.append(variances(solution).sqrt())
     loc, scale = part.sites(torch.cat(means)), part.sites(torch.cat(spreads))
-    if cases.case.count == 1:
+    if cases.case.number == 1:
         return {n: Gaussian(loc[n][0], scale[n][0]) for n in loc}
     return {n: GaussianMixture(loc[n], scale[n], cases.weight) for n in loc}
 
@@ -228,9 +228,9 @@ def _summed_marginals(cases: _Cases) -> dict[str, Marginal]:
     totals: dict[str, Tensor] = {}
     if integrand.contraction is None:
         return {}
-    for rows in integrand.chunks(cases.case.count):
+    for rows in integrand.chunks(cases.case.number):
         chunk = cases.case.at(rows)
-        tables = integrand.contraction.tables(integrand.values(chunk), chunk.count)
+        tables = integrand.contraction.tables(integrand.values(chunk), chunk.number)
         for name, table in tables.items():
             part = torch.tensordot(cases.weight[rows], table, 1)
             totals[name] = totals[name] + part if name in totals else part
@@ -257,13 +257,13 @@ def _gaussian_draws(cases: _Cases, chosen: Tensor, generator: torch.Generator) -
         dtype=cases.weight.dtype,
         device=cases.weight.device,
     )
-    if cases.case.count == 1:
+    if cases.case.number == 1:
         solution = part.solve(cases.integrand.values(cases.case), 1)
         return part.sites(draw(solution, noise.unsqueeze(0))[0])
     flat = []
     for rows in cases.integrand.chunks(len(chosen)):
         chunk = cases.case.at(chosen[rows])
-        solution = part.solve(cases.integrand.values(chunk), chunk.count)
+        solution = part.solve(cases.integrand.values(chunk), chunk.number)
         flat.append(draw(solution, noise[rows].unsqueeze(1))[:, 0])
     return part.sites(torch.cat(flat))
 
@@ -275,7 +275,7 @@ def _summed_draws(cases: _Cases, chosen: Tensor, generator: torch.Generator) -> 
     parts: dict[str, list[Tensor]] = {}
     for rows in integrand.chunks(len(chosen)):
         chunk = cases.case.at(chosen[rows])
-        drawn = integrand.contraction.draw(integrand.values(chunk), chunk.count, generator)
+        drawn = integrand.contraction.draw(integrand.values(chunk), chunk.number, generator)
         for name, index in drawn.items():
             parts.setdefault(name, []).append(index.to(cases.weight.dtype))
     return {name: torch.cat(pieces) for name, pieces in parts.items()}

@@ -11,4 +11,14 @@ from ppl.inference.qem.results import posterior, reweight
 
 Options = QEM
 
-__all__ = ["QEM", "Options", "describe", "init", "posterior", "prepare", "reweight", "step", "supports"]
+__all__ = [
+    "QEM",
+    "Options",
+    "describe",
+    "init",
+    "posterior",
+    "prepare",
+    "reweight",
+    "step",
+    "supports",
+]

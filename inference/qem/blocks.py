@@ -44,7 +44,11 @@ class Member:
     def free_shape(self) -> tuple[int, ...]:
         """Event shape on the unconstrained scale."""
         shape = torch.Size(self.variable.event_shape)
-        return tuple(self.transform.inverse_shape(shape)) if self.transform is not None else tuple(shape)
+        return (
+            tuple(self.transform.inverse_shape(shape))
+            if self.transform is not None
+            else tuple(shape)
+        )
 
     @property
     def dims(self) -> int:
@@ -94,7 +98,15 @@ def make_blocks(graph: Graph, options: QEM) -> tuple[Block, ...]:
         chain = graph.factors[v.name].chain if v.name in graph.factors else None
         if _is_enumerable(v, options):
             member = Member(v, (), (), None)
-            fixed.append(Block(_axis([v.name]), (member,), v.plates, enumerated=True, chain=chain[0] if chain else None))
+            fixed.append(
+                Block(
+                    _axis([v.name]),
+                    (member,),
+                    v.plates,
+                    enumerated=True,
+                    chain=chain[0] if chain else None,
+                )
+            )
             continue
         member = _member(graph, v, crossed.get(v.name, frozenset()), overrides.get(v.name))
         if chain:
@@ -107,13 +119,21 @@ def make_blocks(graph: Graph, options: QEM) -> tuple[Block, ...]:
         else:
             members[v.name] = member
     groups = _groups(graph, members, options)
-    blocks = [Block(_axis(g), tuple(members[n] for n in g), _block_plates(graph, members[g[0]])) for g in groups]
+    blocks = [
+        Block(_axis(g), tuple(members[n] for n in g), _block_plates(graph, members[g[0]]))
+        for g in groups
+    ]
     return tuple(blocks + fixed)
 
 
 def _is_enumerable(v: Variable, options: QEM) -> bool:
     # A vector of discrete values would have cardinality^length combinations in one element: its entries are sampled.
-    return v.is_discrete and v.cardinality is not None and not v.event_shape and v.cardinality <= options.enumerate_up_to
+    return (
+        v.is_discrete
+        and v.cardinality is not None
+        and not v.event_shape
+        and v.cardinality <= options.enumerate_up_to
+    )
 
 
 def collapsed_plates(graph: Graph) -> dict[str, frozenset[str]]:
@@ -129,7 +149,11 @@ def collapsed_plates(graph: Graph) -> dict[str, frozenset[str]]:
                 variable = graph.variables[name]
                 if variable.role != "latent":
                     continue
-                hit = {p for p in variable.plates if any(p == a or a in graph.ancestors(p) for a in across)}
+                hit = {
+                    p
+                    for p in variable.plates
+                    if any(p == a or a in graph.ancestors(p) for a in across)
+                }
                 found.setdefault(name, set()).update(hit)
     return {name: frozenset(plates) for name, plates in found.items() if plates}
 
@@ -137,7 +161,9 @@ def collapsed_plates(graph: Graph) -> dict[str, frozenset[str]]:
 def _member(graph: Graph, v: Variable, crossed: frozenset[str], override: Any) -> Member:
     collapsed = tuple(p for p in v.plates if p in crossed)
     sizes = tuple(graph.plates[p].size or 2 for p in collapsed)
-    family, start = _family(v, _law_family(graph, v) if override is None and v.is_discrete else override)
+    family, start = _family(
+        v, _law_family(graph, v) if override is None and v.is_discrete else override
+    )
     transform = None if family else _transform(v)
     return Member(v, collapsed, sizes, transform, family, start)
 
@@ -160,7 +186,10 @@ def _transform(v: Variable) -> Transform | None:
             f"'{v.name}': its support depends on another latent, so there is no fixed change to the real line. "
             "Write it as a scale times a latent with fixed support."
         )
-    if v.support is constraints.real or getattr(v.support, "base_constraint", None) is constraints.real:
+    if (
+        v.support is constraints.real
+        or getattr(v.support, "base_constraint", None) is constraints.real
+    ):
         return None
     try:
         return biject_to(v.support)
@@ -218,18 +247,26 @@ def _groups(graph: Graph, members: Mapping[str, Member], options: QEM) -> list[l
         for name in group:
             _check_name("groups", name, [v.name for v in graph.latents])
             if name not in members:
-                raise ModelError(f"QEM(groups=...): '{name}' is enumerated or a chain and has an index of its own.")
+                raise ModelError(
+                    f"QEM(groups=...): '{name}' is enumerated or a chain and has an index of its own."
+                )
             if name in named:
                 raise ModelError(f"QEM(groups=...): '{name}' stands in two groups.")
             named.add(name)
         contexts = {_block_plates(graph, members[n]) for n in group}
         if len(contexts) > 1:
-            raise ModelError(f"QEM(groups=...): {group} lie in different plates {sorted(contexts)}. Group latents of one plate.")
+            raise ModelError(
+                f"QEM(groups=...): {group} lie in different plates {sorted(contexts)}. Group latents of one plate."
+            )
     free = [n for n in members if n not in named]
-    return [sorted(g, key=list(members).index) for g in asked] + _automatic(graph, members, free, options)
+    return [sorted(g, key=list(members).index) for g in asked] + _automatic(
+        graph, members, free, options
+    )
 
 
-def _automatic(graph: Graph, members: Mapping[str, Member], free: Sequence[str], options: QEM) -> list[list[str]]:
+def _automatic(
+    graph: Graph, members: Mapping[str, Member], free: Sequence[str], options: QEM
+) -> list[list[str]]:
     """Merge latents of one context that meet in a factor while the joint Gaussian stays small."""
     groups = [[n] for n in free]
     limit = max(options.joint_up_to, 1)
@@ -239,7 +276,9 @@ def _automatic(graph: Graph, members: Mapping[str, Member], free: Sequence[str],
                 left, right = _find(groups, a), _find(groups, b)
                 if left is None or right is None or left is right:
                     continue
-                same = _block_plates(graph, members[left[0]]) == _block_plates(graph, members[right[0]])
+                same = _block_plates(graph, members[left[0]]) == _block_plates(
+                    graph, members[right[0]]
+                )
                 if same and sum(members[n].dims for n in left + right) <= limit:
                     left.extend(right)
                     groups.remove(right)

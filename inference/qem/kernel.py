@@ -26,7 +26,9 @@ from ppl.inference.qem.proposals import Joint, Particles, Proposal
 from ppl.simulation import Known, simulate
 from ppl.streams import Streams
 
-_ENOUGH = 0.2  # share of the particles that the effective sample size must reach while the bridge is down
+_ENOUGH = (
+    0.2  # share of the particles that the effective sample size must reach while the bridge is down
+)
 _STRIDE = 0.4  # step while the bridge is down
 _COLLAPSED = 0.02  # share below which the bridge comes down again
 _LEARNING_RATE = 0.1  # of params, on their unconstrained scale
@@ -61,8 +63,12 @@ class Weights(NamedTuple):
 def init(problem: Problem) -> State:
     """Proposals from the moments of prior draws, or standard ones."""
     streams = problem.settings.streams
-    draws = _prior_draws(problem, streams.child("start")) if problem.options.start == "prior" else {}
-    states = {b.axis: _first_proposal(problem, b, draws) for b in problem.blocks if not b.enumerated}
+    draws = (
+        _prior_draws(problem, streams.child("start")) if problem.options.start == "prior" else {}
+    )
+    states = {
+        b.axis: _first_proposal(problem, b, draws) for b in problem.blocks if not b.enumerated
+    }
     params = {v.name: _first_param(problem, v) for v in problem.bound.graph.role("param")}
     bridge = 1.0
     return State(states, params, bridge, 0, 0)
@@ -80,7 +86,12 @@ def step(problem: Problem, state: State, batch: Any = None) -> tuple[State, Info
         if not block.enumerated:
             w = weights.marginals[block.axis]
             states[block.axis] = proposals.update(
-                block, state.proposals[block.axis], particles[block.axis], w, l, options.variance_correction
+                block,
+                state.proposals[block.axis],
+                particles[block.axis],
+                w,
+                l,
+                options.variance_correction,
             )
     params = _learn(problem, state, here) if state.params else state.params
     crossed = state.crossed + 1 if bridge == 1.0 else 0
@@ -133,7 +144,11 @@ class Evaluated(NamedTuple):
         """Factors of the contraction with log-weights scaled by ``bridge``."""
         proposed = proposal_terms(self.weighting, self.particles, bridge)
         if self.densities is not None:
-            terms = self.densities if bridge == 1.0 else [f._replace(log=bridge * f.log) for f in self.densities]
+            terms = (
+                self.densities
+                if bridge == 1.0
+                else [f._replace(log=bridge * f.log) for f in self.densities]
+            )
             return terms + proposed
         count = len(self.weighting.terms) - len(proposed)
 
@@ -150,7 +165,9 @@ class Evaluated(NamedTuple):
         return part
 
 
-def evaluated(problem: Problem, weighting: Weighting, particles: Mapping[str, Particles], state: State) -> Evaluated:
+def evaluated(
+    problem: Problem, weighting: Weighting, particles: Mapping[str, Particles], state: State
+) -> Evaluated:
     """Evaluate every log-density, unless the plan wants them in parts."""
     arrays = all_arrays(problem, weighting, particles, state)
     whole = None if weighting.plan.split else evaluate(weighting, arrays)
@@ -162,7 +179,11 @@ def weigh(at: Evaluated, bridge: float = 1.0, last: bool = False) -> Weights:
 
     ``last`` says that the log-densities are not needed again, which saves the memory of a copy.
     """
-    large = last and at.densities is not None and max((f.log.numel() for f in at.densities), default=0) > 1 << 20
+    large = (
+        last
+        and at.densities is not None
+        and max((f.log.numel() for f in at.densities), default=0) > 1 << 20
+    )
     return Weights(*at.weighting.plan.marginals(at.factors(bridge), overwrite=large))
 
 
@@ -183,7 +204,9 @@ def proposal_terms(
 def _plate_order(weighting: Weighting, block: Block) -> list[int]:
     """Positions of the block's plates in the order of the graph."""
     start = len(weighting.lead)
-    return [start + block.plates.index(p) for p in weighting.bound.graph.plates if p in block.plates]
+    return [
+        start + block.plates.index(p) for p in weighting.bound.graph.plates if p in block.plates
+    ]
 
 
 def _cross(problem: Problem, state: State, here: Evaluated) -> tuple[float, Weights]:
@@ -232,7 +255,9 @@ def _prior_draws(problem: Problem, streams: Streams) -> dict[str, Tensor]:
 def _standard_draws(problem: Problem, v: Variable, streams: Streams) -> Tensor:
     """Draws of an improper latent: standard Normal on the unconstrained scale."""
     shape = (_PRIOR_DRAWS, *problem.bound.shape(v))
-    free = torch.randn(shape, generator=streams.of(v.name), dtype=problem.bound.dtype, device=problem.bound.device)
+    free = torch.randn(
+        shape, generator=streams.of(v.name), dtype=problem.bound.dtype, device=problem.bound.device
+    )
     return biject_to(v.support)(free)
 
 
@@ -243,18 +268,24 @@ def _first_proposal(problem: Problem, block: Block, draws: Mapping[str, Tensor])
     return Proposal(joint, families)
 
 
-def _first_joint(problem: Problem, block: Block, draws: Mapping[str, Tensor], shape: tuple[int, ...]) -> Joint:
+def _first_joint(
+    problem: Problem, block: Block, draws: Mapping[str, Tensor], shape: tuple[int, ...]
+) -> Joint:
     bound = problem.bound
-    like = {"dtype": bound.dtype, "device": bound.device}
-    mean = torch.zeros(*shape, block.dims, **like)
-    sd = torch.ones(*shape, block.dims, **like)
+    mean = torch.zeros((*shape, block.dims), dtype=bound.dtype, device=bound.device)
+    sd = torch.ones_like(mean)
     if draws:
-        laid = {m.name: _laid_out(bound.graph.variables[m.name], block, m, draws[m.name]) for m in block.gaussian}
+        laid = {
+            m.name: _laid_out(bound.graph.variables[m.name], block, m, draws[m.name])
+            for m in block.gaussian
+        }
         free = proposals.to_free(block, laid, 1 + len(block.plates))
         mean, sd = (part.expand(*shape, -1).clone() for part in _robust_moments(free))
     mean, sd = _asked_start(block, mean, sd)
-    if problem.weighting.restarts:  # restarts begin at different places, or they would all tell the same story
-        noise = torch.randn(mean.shape, generator=problem.settings.streams.of("restarts"), **like)
+    if problem.weighting.restarts:
+        # Restarts begin at different places, or they would all tell the same story.
+        generator = problem.settings.streams.of("restarts")
+        noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
         mean = mean + sd * noise
     full = 0 < block.dims <= max(problem.options.joint_up_to, 0) or _asked_joint(problem, block)
     return Joint(mean, torch.diag_embed(sd.square()) if full else sd.square())
@@ -268,7 +299,9 @@ def _asked_joint(problem: Problem, block: Block) -> bool:
 def _robust_moments(free: Tensor) -> tuple[Tensor, Tensor]:
     """Median and scaled interquartile range over draws: prior draws of scales have heavy tails."""
     free = free.nan_to_num(nan=0.0, posinf=1e6, neginf=-1e6)
-    low, middle, high = torch.quantile(free, torch.tensor([0.25, 0.5, 0.75], dtype=free.dtype, device=free.device), dim=0)
+    low, middle, high = torch.quantile(
+        free, torch.tensor([0.25, 0.5, 0.75], dtype=free.dtype, device=free.device), dim=0
+    )
     return middle, ((high - low) / 1.349).clamp(min=1e-6)
 
 
@@ -290,12 +323,17 @@ def _laid_out(v: Variable, block: Block, member: Member, draw: Tensor) -> Tensor
     return draw.permute(0, *order, *range(1 + len(v.plates), draw.ndim))
 
 
-def _first_family(problem: Problem, block: Block, member: Member, draws: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+def _first_family(
+    problem: Problem, block: Block, member: Member, draws: Mapping[str, Tensor]
+) -> tuple[Tensor, ...]:
     family = FAMILIES[member.family or ""]
     shape = problem.weighting.block_shape(block)
     fixed = proposals._fixed(member)
     if member.start is not None:
-        standard = {n: _full(getattr(member.start, n), (*shape, *member.sizes), problem) for n in family.params}
+        standard = {
+            n: _full(getattr(member.start, n), (*shape, *member.sizes), problem)
+            for n in family.params
+        }
         return family.mean_from_standard({**standard, **fixed})
     laid = _laid_out(member.variable, block, member, draws[member.name])
     batch = laid.shape[: laid.ndim - family.event_dim]
@@ -334,7 +372,9 @@ def _learn(problem: Problem, state: State, here: Evaluated) -> dict[str, Learned
     with torch.enable_grad():
         live = {**here.arrays, **{n: param_value(graph.variables[n], f) for n, f in free.items()}}
         densities = None if here.densities is None else evaluate(here.weighting, live)
-        log_z = here.weighting.plan.log_evidence(here._replace(arrays=live, densities=densities).factors())
+        log_z = here.weighting.plan.log_evidence(
+            here._replace(arrays=live, densities=densities).factors()
+        )
         grads = torch.autograd.grad(log_z.sum(), list(free.values()), allow_unused=True)
     t = state.iteration + 1
     rate = _LEARNING_RATE * min(1.0, 10 * t**-0.6)
@@ -380,4 +420,3 @@ def _watch(state: State) -> tuple[Tensor | None, Tensor | None]:
         parts.append(learned.free.reshape(-1))
         units.append(torch.full_like(parts[-1], 0.1))
     return (torch.cat(parts), torch.cat(units)) if parts else (None, None)
-

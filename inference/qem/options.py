@@ -48,14 +48,20 @@ class QEM:
     replicates: int | None = None
 
     def __post_init__(self) -> None:
-        counts = self.particles.values() if isinstance(self.particles, Mapping) else [self.particles]
+        counts = (
+            self.particles.values() if isinstance(self.particles, Mapping) else [self.particles]
+        )
         for count in counts:
             if count is not None and (not isinstance(count, int) or count < 1):
-                raise ModelError(f"QEM(particles=...): expected whole numbers of at least 1, got {count!r}.")
+                raise ModelError(
+                    f"QEM(particles=...): expected whole numbers of at least 1, got {count!r}."
+                )
         if self.start not in ("prior", "standard"):
             raise ModelError(f"QEM(start=...): expected 'prior' or 'standard', got {self.start!r}.")
         if isinstance(self.step, str) and self.step != "schedule":
-            raise ModelError(f"QEM(step=...): expected 'schedule', a number in (0, 1] or a function, got {self.step!r}.")
+            raise ModelError(
+                f"QEM(step=...): expected 'schedule', a number in (0, 1] or a function, got {self.step!r}."
+            )
         if isinstance(self.step, (int, float)) and not 0 < self.step <= 1:
             raise ModelError(f"QEM(step=...): a constant step lies in (0, 1], got {self.step!r}.")
         if self.replicates is not None and self.replicates < 1:

@@ -19,9 +19,23 @@ from ppl.inference.qem.blocks import RESTART, Block, make_blocks
 from ppl.inference.qem.options import QEM
 from ppl.lower import Compiler, Lowered, Operand, map_name
 
-_COMFORTABLE = 200_000  # entries of the largest array up to which more particles cost next to nothing
+_COMFORTABLE = (
+    200_000  # entries of the largest array up to which more particles cost next to nothing
+)
 _AMPLE = 4_000_000  # entries of the largest array of the last weighting
-_COUNTS = (2000, 1000, 700, 500, 300, 200, 150, 100, 70, 50, 30)  # particles of the last weighting, the most that fit
+_COUNTS = (
+    2000,
+    1000,
+    700,
+    500,
+    300,
+    200,
+    150,
+    100,
+    70,
+    50,
+    30,
+)  # particles of the last weighting, the most that fit
 _POINTS = 2000  # particles of all replicates together, at least
 DEFAULT_MEMORY = 4 * 2**30
 
@@ -79,10 +93,26 @@ class Problem:
 def supports(graph: Graph) -> list[Reason]:
     """Why QEM cannot fit this graph: a latent without a proposal, or latents of crossed plates that meet."""
     if not graph.latents:
-        return [Reason("", "the model has no latent to infer.", "Leave a site out of the data, or use method='exact'.")]
+        return [
+            Reason(
+                "",
+                "the model has no latent to infer.",
+                "Leave a site out of the data, or use method='exact'.",
+            )
+        ]
     try:
         blocks = make_blocks(graph, QEM())
-        _plan(graph, blocks, {b.axis: 2 for b in blocks}, 0, dummy_layout(graph), None, torch.float64, "cpu", ())
+        _plan(
+            graph,
+            blocks,
+            {b.axis: 2 for b in blocks},
+            0,
+            dummy_layout(graph),
+            None,
+            torch.float64,
+            "cpu",
+            (),
+        )
     except UnsupportedError as error:
         return [Reason("", str(error))]
     return []
@@ -105,20 +135,34 @@ def prepare(bound: Bound, options: QEM, settings: Settings) -> Problem:
 
 
 def make_weighting(
-    bound: Bound, blocks: tuple[Block, ...], sizes: Mapping[str, int], restarts: int, memory: int | None
+    bound: Bound,
+    blocks: tuple[Block, ...],
+    sizes: Mapping[str, int],
+    restarts: int,
+    memory: int | None,
 ) -> Weighting:
     """Lower all factors for these particle counts and plan their contraction."""
     layout = real_layout(bound)
     budget = memory or DEFAULT_MEMORY
     terms, lowered, singles, inputs, plan = _plan(
-        bound.graph, blocks, sizes, restarts, layout, budget, bound.dtype, bound.device, tuple(bound.masks)
+        bound.graph,
+        blocks,
+        sizes,
+        restarts,
+        layout,
+        budget,
+        bound.dtype,
+        bound.device,
+        tuple(bound.masks),
     )
     static = static_arrays(bound)
     lowered = lowered.given({k: v for k, v in static.items() if k in lowered.inputs})
     return Weighting(bound, blocks, dict(sizes), restarts, terms, lowered, singles, inputs, plan)
 
 
-def particle_counts(bound: Bound, blocks: Sequence[Block], options: QEM, settings: Settings) -> dict[str, int]:
+def particle_counts(
+    bound: Bound, blocks: Sequence[Block], options: QEM, settings: Settings
+) -> dict[str, int]:
     """Particles of every block: as asked, or as many as cost next to nothing."""
     asked = options.particles
     default = asked if isinstance(asked, int) else None
@@ -126,13 +170,17 @@ def particle_counts(bound: Bound, blocks: Sequence[Block], options: QEM, setting
     known = {n for b in blocks for n in b.names}
     for name in named:
         if name not in known:
-            raise ModelError(f"QEM(particles=...) names '{name}', which is not a latent. Latents: {', '.join(sorted(known))}.")
+            raise ModelError(
+                f"QEM(particles=...) names '{name}', which is not a latent. Latents: {', '.join(sorted(known))}."
+            )
     for count in (100, 60, 30, 20, 10):
         sizes = {}
         for b in blocks:
             own = [named[n] for n in b.names if n in named]
             sizes[b.axis] = values_of(b) if b.enumerated else own[0] if own else default or count
-        if default is not None or largest(bound, blocks, sizes) <= _COMFORTABLE * (1 if count > 30 else 20):
+        if default is not None or largest(bound, blocks, sizes) <= _COMFORTABLE * (
+            1 if count > 30 else 20
+        ):
             return sizes
     return sizes
 
@@ -147,7 +195,9 @@ def final_counts(weighting: Weighting, options: QEM, memory: int | None) -> dict
     budget = min(_AMPLE, (memory or DEFAULT_MEMORY) // 64)
     for count in (options.final_particles,) if options.final_particles else _COUNTS:
         inner = count if options.final_particles else min(4 * count, _COUNTS[0])
-        sizes = {b.axis: values_of(b) if b.enumerated else inner if b.plates else count for b in blocks}
+        sizes = {
+            b.axis: values_of(b) if b.enumerated else inner if b.plates else count for b in blocks
+        }
         if options.final_particles or largest(weighting.bound, blocks, sizes) <= budget:
             return sizes
     return {b.axis: weighting.sizes[b.axis] for b in blocks}
@@ -163,10 +213,21 @@ def replicate_count(options: QEM, counts: Iterable[int]) -> int:
 def largest(bound: Bound, blocks: Sequence[Block], sizes: Mapping[str, int]) -> int:
     """Entries of the largest array that one evaluation makes."""
     terms, *_, plan = _plan(
-        bound.graph, tuple(blocks), sizes, 0, real_layout(bound), None, bound.dtype, bound.device, tuple(bound.masks)
+        bound.graph,
+        tuple(blocks),
+        sizes,
+        0,
+        real_layout(bound),
+        None,
+        bound.dtype,
+        bound.device,
+        tuple(bound.masks),
     )
     size_of = {**sizes, **{p: bound.size(p) for p in bound.graph.plates}}
-    factors = [torch.Size(size_of.get(a, size_of.get(a.rstrip("'"), 1)) for a in t.axes).numel() for t in terms]
+    factors = [
+        torch.Size(size_of.get(a, size_of.get(a.rstrip("'"), 1)) for a in t.axes).numel()
+        for t in terms
+    ]
     return max([plan.largest[1], *factors])
 
 
@@ -189,7 +250,9 @@ def real_layout(bound: Bound) -> dict[str, PlateSpec]:
 def dummy_layout(graph: Graph) -> dict[str, PlateSpec]:
     """Plates of two elements, to ask whether a structure can be contracted at all."""
     return {
-        p.name: PlateSpec(p.name, p.size or 2, {q: torch.zeros(p.size or 2, dtype=torch.long) for q in p.parents})
+        p.name: PlateSpec(
+            p.name, p.size or 2, {q: torch.zeros(p.size or 2, dtype=torch.long) for q in p.parents}
+        )
         for p in graph.plates.values()
     }
 
@@ -201,7 +264,9 @@ def static_arrays(bound: Bound) -> dict[str, Tensor]:
     return arrays | {name + "@mask": mask for name, mask in bound.masks.items()}
 
 
-def variable_axes(graph: Graph, blocks: Sequence[Block], restarts: int) -> dict[str, tuple[str, ...]]:
+def variable_axes(
+    graph: Graph, blocks: Sequence[Block], restarts: int
+) -> dict[str, tuple[str, ...]]:
     """Leading axes of every variable's array."""
     lead = (RESTART,) if restarts else ()
     axes = {v.name: v.plates for v in graph.role("given", "observed")}
@@ -246,7 +311,13 @@ def _plan(
     lowered = whole.finish(outputs)
     for block in blocks:
         if not block.enumerated:
-            terms.append(Term(block.axis, (*lead, *(p for p in graph.plates if p in block.plates), block.axis), block.plates))
+            terms.append(
+                Term(
+                    block.axis,
+                    (*lead, *(p for p in graph.plates if p in block.plates), block.axis),
+                    block.plates,
+                )
+            )
     layout = Layout(
         plates=plates,
         sizes={**sizes, **({RESTART: restarts} if restarts else {})},
@@ -255,7 +326,13 @@ def _plan(
         batch=lead,
     )
     itemsize = torch.empty((), dtype=dtype).element_size()
-    plan = make_plan([t.axes for t in terms], layout, memory=memory, itemsize=itemsize, plates_of=[t.plates for t in terms])
+    plan = make_plan(
+        [t.axes for t in terms],
+        layout,
+        memory=memory,
+        itemsize=itemsize,
+        plates_of=[t.plates for t in terms],
+    )
     inputs = dict(axes) | {name + "@mask": axes[name] for name in masks}
     return tuple(terms), lowered, tuple(singles), inputs, plan
 
@@ -286,11 +363,15 @@ def evaluate(weighting: Weighting, arrays: Mapping[str, Tensor]) -> list[LogFact
     return [LogFactor(t.axes, v) for t, v in zip(weighting.terms, values, strict=False)]
 
 
-def evaluate_part(weighting: Weighting, arrays: Mapping[str, Tensor], i: int, rows: Mapping[str, Tensor] | None) -> LogFactor:
+def evaluate_part(
+    weighting: Weighting, arrays: Mapping[str, Tensor], i: int, rows: Mapping[str, Tensor] | None
+) -> LogFactor:
     """Log-density ``i`` with the plates in ``rows`` narrowed to those elements; no larger array is made on the way."""
     everything = {**static_arrays(weighting.bound), **arrays}
     single = weighting.singles[i]
-    inputs = {name: _narrowed(weighting, name, everything[name], rows or {}) for name in single.inputs}
+    inputs = {
+        name: _narrowed(weighting, name, everything[name], rows or {}) for name in single.inputs
+    }
     return LogFactor(weighting.terms[i].axes, single(inputs)[0])
 
 
@@ -299,7 +380,9 @@ def _narrowed(weighting: Weighting, name: str, array: Tensor, rows: Mapping[str,
         child, ancestor = name.split("->")
         array = array.index_select(0, rows[child]) if child in rows else array
         if ancestor in rows:
-            place = torch.full((weighting.bound.size(ancestor),), -1, dtype=torch.long, device=array.device)
+            place = torch.full(
+                (weighting.bound.size(ancestor),), -1, dtype=torch.long, device=array.device
+            )
             place[rows[ancestor]] = torch.arange(len(rows[ancestor]), device=array.device)
             array = place[array]
         return array
@@ -318,6 +401,8 @@ def describe(bound: Bound, options: QEM, settings: Settings) -> str:
     blocks = make_blocks(bound.graph, options)
     sizes = particle_counts(bound, blocks, options, settings)
     plan = make_weighting(bound, blocks, sizes, 0, settings.memory).plan
-    text = ", ".join(f"{'+'.join(b.names)} ({'all' if b.enumerated else sizes[b.axis]})" for b in blocks)
+    text = ", ".join(
+        f"{'+'.join(b.names)} ({'all' if b.enumerated else sizes[b.axis]})" for b in blocks
+    )
     axes, elements, size = plan.largest
     return f"particles of {text}; largest array {elements} entries, {size / 2**20:.1f} MiB"

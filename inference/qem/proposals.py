@@ -56,7 +56,9 @@ class Particles(NamedTuple):
     free: Tensor | None  # [*restart, *plates, K, D], the Gaussian members before their transforms
 
 
-def draw(block: Block, state: Proposal, k: int, streams: Streams, tails: float = math.inf) -> Particles:
+def draw(
+    block: Block, state: Proposal, k: int, streams: Streams, tails: float = math.inf
+) -> Particles:
     """Draw ``k`` particles for every element of the block.
 
     Args:
@@ -76,13 +78,17 @@ def draw(block: Block, state: Proposal, k: int, streams: Streams, tails: float =
         log_q = log_q - log_jacobian
     for member in block.members:
         if member.family is not None:
-            values[member.name], density = _draw_family(member, state.families[member.name], k, streams)
+            values[member.name], density = _draw_family(
+                member, state.families[member.name], k, streams
+            )
             log_q = log_q + density
     assert isinstance(log_q, Tensor)
     return Particles(values, log_q, free)
 
 
-def _draw_joint(joint: Joint, k: int, generator: torch.Generator, tails: float) -> tuple[Tensor, Tensor]:
+def _draw_joint(
+    joint: Joint, k: int, generator: torch.Generator, tails: float
+) -> tuple[Tensor, Tensor]:
     mean, cov = joint
     noise = _noise((*mean.shape[:-1], k, mean.shape[-1]), mean, generator, tails)
     if joint.is_full:
@@ -96,7 +102,9 @@ def _draw_joint(joint: Joint, k: int, generator: torch.Generator, tails: float) 
     return mean.unsqueeze(-2) + spread, _log_standard(noise, tails) - log_det.unsqueeze(-1)
 
 
-def _noise(shape: tuple[int, ...], like: Tensor, generator: torch.Generator, tails: float) -> Tensor:
+def _noise(
+    shape: tuple[int, ...], like: Tensor, generator: torch.Generator, tails: float
+) -> Tensor:
     noise = torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
     if math.isinf(tails):
         return noise
@@ -109,7 +117,11 @@ def _log_standard(noise: Tensor, tails: float) -> Tensor:
     dims, squares = noise.shape[-1], noise.square().sum(-1)
     if math.isinf(tails):
         return -0.5 * squares - dims * _HALF_LOG_2PI
-    constant = math.lgamma((tails + dims) / 2) - math.lgamma(tails / 2) - 0.5 * dims * math.log(tails * math.pi)
+    constant = (
+        math.lgamma((tails + dims) / 2)
+        - math.lgamma(tails / 2)
+        - 0.5 * dims * math.log(tails * math.pi)
+    )
     return constant - 0.5 * (tails + dims) * torch.log1p(squares / tails)
 
 
@@ -142,7 +154,14 @@ def to_free(block: Block, values: Mapping[str, Tensor], lead: int) -> Tensor:
     return torch.cat(parts, -1)
 
 
-def update(block: Block, state: Proposal, particles: Particles, weights: Tensor, step: float, corrected: bool) -> Proposal:
+def update(
+    block: Block,
+    state: Proposal,
+    particles: Particles,
+    weights: Tensor,
+    step: float,
+    corrected: bool,
+) -> Proposal:
     """Average the moments of the weighted particles into the proposal.
 
     Elements whose weights are not finite keep what they had.
@@ -164,7 +183,9 @@ def update(block: Block, state: Proposal, particles: Particles, weights: Tensor,
     for member in block.members:
         if member.family is not None:
             old = state.families[member.name]
-            families[member.name] = _update_family(member, old, particles.values[member.name], safe, step)
+            families[member.name] = _update_family(
+                member, old, particles.values[member.name], safe, step
+            )
     return Proposal(joint, families)
 
 
@@ -222,7 +243,9 @@ def _draw_family(
     standard = family.standard_from_mean(mean, **fixed)
     law_class = getattr(distributions, family.name)
     stat_dims = family.stat_dims[0]
-    lead = mean[0].ndim - len(member.sizes) - stat_dims - (len(member.free_shape) - family.event_dim)
+    lead = (
+        mean[0].ndim - len(member.sizes) - stat_dims - (len(member.free_shape) - family.event_dim)
+    )
     # The particle axis stands behind the plates, in front of collapsed plates and event.
     arguments = {name: standard[name].unsqueeze(lead) for name in family.params}
     law = law_class(**arguments, **{n: v for n, v in fixed.items() if n != "categories"})
@@ -238,6 +261,10 @@ def _update_family(
 ) -> tuple[Tensor, ...]:
     family = FAMILIES[member.family or ""]
     dim = weights.ndim - 1
-    spread = weights.reshape(*weights.shape, *(1,) * (values.ndim - family.event_dim - weights.ndim))
+    spread = weights.reshape(
+        *weights.shape, *(1,) * (values.ndim - family.event_dim - weights.ndim)
+    )
     spread = spread.expand(values.shape[: values.ndim - family.event_dim])
-    return family.average(old, family.weighted_mean(values, spread, dim=dim, **_fixed(member)), step)
+    return family.average(
+        old, family.weighted_mean(values, spread, dim=dim, **_fixed(member)), step
+    )

@@ -49,14 +49,20 @@ def posterior(problem: Problem, state: State) -> Posterior:
     chosen, agreement = _best_restart(problem, state)
     counts = final_counts(problem.weighting, problem.options, problem.settings.memory)
     weighting = make_weighting(problem.bound, problem.blocks, counts, 0, problem.settings.memory)
-    number = replicate_count(problem.options, [counts[b.axis] for b in problem.blocks if not b.enumerated])
+    number = replicate_count(
+        problem.options, [counts[b.axis] for b in problem.blocks if not b.enumerated]
+    )
     replicates = [_replicate(problem, weighting, chosen, i) for i in range(number)]
     log_z = torch.stack([r.log_z for r in replicates])
     if bool(log_z.isnan().any()) or not bool(log_z.isfinite().any()):
-        raise NumericalError("qem, last weighting: no particle has a finite weight. Run longer, or with more particles.")
+        raise NumericalError(
+            "qem, last weighting: no particle has a finite weight. Run longer, or with more particles."
+        )
     shares = log_z.softmax(0)
     marginals = _marginals(weighting, replicates, shares)
-    params = {n: param_value(problem.bound.graph.variables[n], p.free) for n, p in chosen.params.items()}
+    params = {
+        n: param_value(problem.bound.graph.variables[n], p.free) for n, p in chosen.params.items()
+    }
     result = Posterior(
         problem.bound,
         marginals,
@@ -93,7 +99,9 @@ def reweight(source: Posterior, particles: int, streams: Streams) -> Posterior:
 
 def _fitted(problem: Problem, block: Block, draws: Mapping[str, Tensor]) -> Proposal:
     if any(m.family for m in block.members):
-        raise UnsupportedError(f"reweight: {block.names} have proposals of their own families; fit them with method='qem'.")
+        raise UnsupportedError(
+            f"reweight: {block.names} have proposals of their own families; fit them with method='qem'."
+        )
     laid = {m.name: kernel._laid_out(m.variable, block, m, draws[m.name]) for m in block.gaussian}
     free = to_free(block, laid, 1 + len(block.plates))
     mean = free.mean(0)
@@ -112,7 +120,9 @@ def _replicate(problem: Problem, weighting: Weighting, state: State, number: int
         particles = draw_all(weighting, state, streams, problem.options.tails)
         here = evaluated(problem, weighting, particles, state)
     weights = weigh(here, last=True)
-    return Replicate(particles, weights.log_z.detach(), {a: w.detach() for a, w in weights.marginals.items()})
+    return Replicate(
+        particles, weights.log_z.detach(), {a: w.detach() for a, w in weights.marginals.items()}
+    )
 
 
 def _best_restart(problem: Problem, state: State) -> tuple[State, str]:
@@ -137,12 +147,16 @@ def _select(p: Proposal, restart: int) -> Proposal:
 # ---- marginals --------------------------------------------------------------------------------------------------
 
 
-def _marginals(weighting: Weighting, replicates: list[Replicate], shares: Tensor) -> dict[str, Marginal]:
+def _marginals(
+    weighting: Weighting, replicates: list[Replicate], shares: Tensor
+) -> dict[str, Marginal]:
     found: dict[str, Marginal] = {}
     for block in weighting.blocks:
         for member in block.members:
             if block.enumerated:
-                stacked = torch.stack([_in_order(r.marginals[block.axis], block, weighting) for r in replicates])
+                stacked = torch.stack(
+                    [_in_order(r.marginals[block.axis], block, weighting) for r in replicates]
+                )
                 found[member.name] = mg.Table(torch.tensordot(shares, stacked, 1))
             else:
                 found[member.name] = _weighted(weighting, block, member, replicates, shares)
@@ -172,7 +186,9 @@ def _variable_order(value: Tensor, block: Block, member: Member) -> Tensor:
     lead = len(block.plates)
     have = (*block.plates, *member.collapsed)
     value = value.movedim(lead, 0)
-    return value.permute(0, *(1 + have.index(p) for p in member.variable.plates), *range(1 + len(have), value.ndim))
+    return value.permute(
+        0, *(1 + have.index(p) for p in member.variable.plates), *range(1 + len(have), value.ndim)
+    )
 
 
 def _over_plates(w: Tensor, block: Block, member: Member) -> Tensor:
@@ -211,12 +227,17 @@ def _diagnostics(
 
 
 def _sampler(
-    problem: Problem, weighting: Weighting, state: State, replicates: list[Replicate], shares: Tensor
+    problem: Problem,
+    weighting: Weighting,
+    state: State,
+    replicates: list[Replicate],
+    shares: Tensor,
 ) -> Any:
     def sample(n: int, streams: Streams) -> dict[str, Tensor]:
         generator = streams.of("joint draws")
         counts = torch.bincount(
-            torch.multinomial(shares.cpu(), n, replacement=True, generator=generator), minlength=len(replicates)
+            torch.multinomial(shares.cpu(), n, replacement=True, generator=generator),
+            minlength=len(replicates),
         )
         parts = [
             _draw_from(problem, weighting, state, r, int(c), generator)
@@ -230,7 +251,12 @@ def _sampler(
 
 
 def _draw_from(
-    problem: Problem, weighting: Weighting, state: State, r: Replicate, n: int, generator: torch.Generator
+    problem: Problem,
+    weighting: Weighting,
+    state: State,
+    r: Replicate,
+    n: int,
+    generator: torch.Generator,
 ) -> dict[str, Tensor]:
     with torch.no_grad():
         factors = evaluated(problem, weighting, r.particles, state).factors()
@@ -256,4 +282,6 @@ def _picked(value: Tensor, index: Tensor, block: Block, member: Member) -> Tenso
     wide = index.reshape(*index.shape, *(1,) * rest).expand(*index.shape, *moved.shape[1 + lead :])
     taken = moved.gather(0, wide)
     have = (*block.plates, *member.collapsed)
-    return taken.permute(0, *(1 + have.index(p) for p in member.variable.plates), *range(1 + len(have), taken.ndim))
+    return taken.permute(
+        0, *(1 + have.index(p) for p in member.variable.plates), *range(1 + len(have), taken.ndim)
+    )

@@ -701,7 +701,7 @@ def test_crossing_plates_are_refused_in_words():
         dict(u="user", f="film"),
         ["user u", "film f", "user film u f"],
     )
-    message = r"'f' \(plates film\), 'u' \(plates user\) meet .* user, film.*groups="
+    message = r"'f' \(plates film\), 'u' \(plates user\) meet .* user, film.*another method"
     with pytest.raises(UnsupportedError, match=message):
         model.plan()
 

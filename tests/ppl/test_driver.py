@@ -92,7 +92,9 @@ def test_it_stops_by_itself_and_says_so():
 
 
 def test_not_converging_is_a_warning_and_a_field():
-    with pytest.warns(UserWarning, match=r"not converged after 5 iterations; continue with posterior.resume"):
+    with pytest.warns(
+        UserWarning, match=r"not converged after 5 iterations; continue with posterior.resume"
+    ):
         posterior = infer(groups, DATA, method="qem", seed=0, max_iters=5)
     assert not posterior.diagnostics.converged
 
@@ -137,7 +139,16 @@ def test_a_checkpoint_is_continued(tmp_path):
             raise RuntimeError("the power went off")
 
     with pytest.raises(RuntimeError, match="power"):
-        infer(groups, DATA, method="qem", seed=3, max_iters=20, tol=0, checkpoint=file, callbacks=[crash])
+        infer(
+            groups,
+            DATA,
+            method="qem",
+            seed=3,
+            max_iters=20,
+            tol=0,
+            checkpoint=file,
+            callbacks=[crash],
+        )
     resumed = fit(groups, DATA, seed=3, max_iters=20, tol=0, checkpoint=file)
     assert resumed.diagnostics.iterations == 20
     assert torch.equal(straight.trace["ess"], resumed.trace["ess"])

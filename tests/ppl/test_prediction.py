@@ -87,7 +87,9 @@ def test_known_groups_keep_their_level_and_new_ones_come_from_the_law(grouped_fi
     predicted = grouped_fit.predict({"group": ["b", "a", "z", "b"]}, n=4000, seed=2)
     assert predicted.bound.labels["group"] == ["a", "b", "z"]
     mean, sd = predicted.mean("y"), predicted.sd("y")
-    assert torch.allclose(mean[[0, 1, 3]], torch.tensor([-1.05, 5.05, -1.05], dtype=torch.float64), atol=0.1)
+    assert torch.allclose(
+        mean[[0, 1, 3]], torch.tensor([-1.05, 5.05, -1.05], dtype=torch.float64), atol=0.1
+    )
     assert sd[2] > 10 * sd[0]
     assert abs(float(mean[2]) - 2.0) < 0.4
 
@@ -127,7 +129,9 @@ def test_entries_that_were_missing_are_not_scored():
 def test_reweighting_leaves_a_good_posterior_as_it_is(line_fit):
     again = line_fit.reweight(2000, seed=5)
     assert abs(again.log_evidence.value - line_fit.log_evidence.value) < 0.02
-    assert abs(float(again.mean("slope") - line_fit.mean("slope"))) < 0.05 * float(line_fit.sd("slope"))
+    assert abs(float(again.mean("slope") - line_fit.mean("slope"))) < 0.05 * float(
+        line_fit.sd("slope")
+    )
     assert "reweighted from qem" in again.why
 
 
@@ -141,7 +145,9 @@ def test_forecast_of_a_random_walk_spreads():
     y = np.cumsum(np.random.default_rng(1).normal(size=8) * 0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        posterior = infer(walk, {"y": y}, labels={"day": list(range(2001, 2009))}, method="qem", seed=0)
+        posterior = infer(
+            walk, {"y": y}, labels={"day": list(range(2001, 2009))}, method="qem", seed=0
+        )
     future = posterior.forecast(day=4, n=4000)
     assert future.draws["y"].shape == (4000, 4)
     assert future.bound.labels["day"] == [2009, 2010, 2011, 2012]
@@ -179,5 +185,7 @@ def test_discrete_predictions_have_probabilities():
 
     posterior = infer(coin, {"heads": [1, 1, 1, 0]}, method="qem", seed=0)
     probs = posterior.predict(n=2000).probs("heads")
-    assert probs.shape == (4, 2) and torch.allclose(probs.sum(-1), torch.ones(4, dtype=torch.float64))
+    assert probs.shape == (4, 2) and torch.allclose(
+        probs.sum(-1), torch.ones(4, dtype=torch.float64)
+    )
     assert (probs[:, 1] > 0.5).all()

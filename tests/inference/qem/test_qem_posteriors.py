@@ -170,9 +170,14 @@ def test_evidence_of_eight_schools_is_that_of_quadrature():
 
     def density(tau):  # mu is integrated out in closed form
         covariance = np.diag(sigma**2 + tau**2) + 25.0
-        return np.exp(stats.multivariate_normal(np.zeros(8), covariance).logpdf(y)) * stats.halfcauchy(0, 5).pdf(tau)
+        return np.exp(
+            stats.multivariate_normal(np.zeros(8), covariance).logpdf(y)
+        ) * stats.halfcauchy(0, 5).pdf(tau)
 
-    total = sum(integrate.quad(density, a, b, epsabs=0, epsrel=1e-9)[0] for a, b in ((0, 5), (5, 50), (50, np.inf)))
+    total = sum(
+        integrate.quad(density, a, b, epsabs=0, epsrel=1e-9)[0]
+        for a, b in ((0, 5), (5, 50), (50, np.inf))
+    )
     for seed in (0, 1, 2):
         found = fit(eight_schools, EIGHT, seed=seed).log_evidence
         assert abs(found.value - np.log(total)) < 0.05, (found, np.log(total))
@@ -197,9 +202,11 @@ def radon_files():
     return data, reference
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)] + [
-    pytest.param(s, marks=pytest.mark.slow) for s in range(2, 10)
-])
+@pytest.mark.parametrize(
+    "seed",
+    [0, pytest.param(1, marks=pytest.mark.slow)]
+    + [pytest.param(s, marks=pytest.mark.slow) for s in range(2, 10)],
+)
 def test_radon_agrees_with_nuts(seed):
     data, reference = radon_files()
     arrays = np.load(data)
@@ -210,7 +217,9 @@ def test_radon_agrees_with_nuts(seed):
     assert mean < 0.1 and worst < 0.3 and ratio < 0.1, (mean, worst, ratio)
 
 
-@pytest.mark.parametrize("seed", [0, 1] + [pytest.param(s, marks=pytest.mark.slow) for s in range(2, 10)])
+@pytest.mark.parametrize(
+    "seed", [0, 1] + [pytest.param(s, marks=pytest.mark.slow) for s in range(2, 10)]
+)
 def test_eight_schools_agree_with_quadrature(seed):
     file = find("posteriordb/eight_schools-eight_schools_centered/reference.json")
     if file is None:
@@ -247,7 +256,9 @@ def test_rescaling_a_latent_changes_nothing():
     y = torch.randn(6, 4, generator=generator, dtype=torch.float64) + torch.arange(6.0)[:, None]
     plain, scaled = (fit(program(s), {"y": y}, seed=5, max_iters=40, tol=0) for s in (1.0, 1000.0))
     for name in ("log_evidence", "ess", "bridge"):
-        assert torch.allclose(plain.trace[name], scaled.trace[name], rtol=1e-9, atol=1e-9, equal_nan=True)
+        assert torch.allclose(
+            plain.trace[name], scaled.trace[name], rtol=1e-9, atol=1e-9, equal_nan=True
+        )
     assert torch.allclose(plain.mean("level"), scaled.mean("level") / 1000, rtol=1e-9)
     assert torch.allclose(plain.sd("level"), scaled.sd("level") / 1000, rtol=1e-9)
 
@@ -256,7 +267,9 @@ def test_multivariate_normal_regression():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(30, 3, generator=generator, dtype=torch.float64)
     x[:, 2] = x[:, 1] + 0.05 * x[:, 2]  # nearly collinear
-    y = x @ torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64) + 0.3 * torch.randn(30, generator=generator)
+    y = x @ torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64) + 0.3 * torch.randn(
+        30, generator=generator
+    )
 
     @model
     def regression():
@@ -304,7 +317,13 @@ def test_the_papers_settings_reach_the_published_level():
         seed=0,
         particles=3,
         step=0.1,
-        groups=[("global_mean", "global_log_sigma"), ("State_mean",), ("State_log_sigma",), ("Beta_u",), ("Beta_basement",)],
+        groups=[
+            ("global_mean", "global_log_sigma"),
+            ("State_mean",),
+            ("State_log_sigma",),
+            ("Beta_u",),
+            ("Beta_basement",),
+        ],
         joint_up_to=0,
         start="standard",
         bridge=False,
@@ -328,7 +347,15 @@ def test_averaging_removes_the_noise_at_the_rate_of_the_theorem():
     def spread(step, iterations):
         finals = []
         posterior = fit(
-            single, {"y": 1.0}, seed=0, particles=200, step=step, bridge=False, tol=0, max_iters=iterations, restarts=300
+            single,
+            {"y": 1.0},
+            seed=0,
+            particles=200,
+            step=step,
+            bridge=False,
+            tol=0,
+            max_iters=iterations,
+            restarts=300,
         )
         state = posterior._continue.__self__.state  # the proposals of all restarts
         finals = next(iter(state.proposals.values())).joint.mean[..., 0]
