@@ -8,7 +8,7 @@ from ppl import _checkout
 
 _checkout.install(_Path(__file__).resolve().parent)
 
-from ppl import distributions
+from ppl import distributions, nn
 from ppl.backend import register
 from ppl.distributions import *  # noqa: F403 - families are words of the language
 from ppl.driver import Stop, explain, infer
@@ -60,6 +60,7 @@ __all__ = [
     "logsumexp",
     "mean",
     "model",
+    "nn",
     "observe",
     "param",
     "pick",

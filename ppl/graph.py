@@ -44,7 +44,7 @@ class Node:
     """One recorded operation; ``args`` and ``kwargs`` hold :class:`Ref` in the place of operands."""
 
     id: int
-    op: Literal["variable", "call", "item", "gather", "reduce", "dot", "pick", "shift", "previous"]
+    op: Literal["variable", "call", "item", "gather", "reduce", "dot", "pick", "shift", "collect", "previous"]
     func: Callable[..., Any] | None
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]

@@ -530,6 +530,15 @@ class Compiler:
         lost = (node.name, max(-k, 0), max(k, 0))
         return Operand(slot, x.axes, x.event_ndim, _joint_edges([x], [lost]))
 
+    def _collect(self, node: Node) -> Operand:
+        """Plate axes move behind all other axes, in front of the event, in the order of the node's name."""
+        x, names = self.operand(node.args[0]), node.name.split(",")
+        rest = tuple(a for a in x.axes if a not in names)
+        tail = range(len(x.axes), len(x.axes) + x.event_ndim)
+        order = [x.axes.index(a) for a in (*rest, *names)] + list(tail)
+        slot = self._emit(lambda t: t.permute(order), (x.slot,))
+        return Operand(slot, rest, x.event_ndim + len(names), x.edges)
+
     # ---- densities ------------------------------------------------------------------------------------------
 
     def _law_density(self, law: Law, value: Operand, mask: Operand | None) -> Operand:

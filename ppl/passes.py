@@ -56,7 +56,7 @@ def accesses(graph: Graph, factor: Factor) -> dict[str, frozenset[Access]]:
 def _mark(node: Node, operand: int) -> Access | None:
     if node.op == "gather" and operand == 0:
         return "gather"
-    if node.op in ("reduce", "dot"):
+    if node.op in ("reduce", "dot", "collect"):
         return "all"
     if node.op == "shift":
         return "lag"
@@ -106,7 +106,7 @@ def _node_degree(graph: Graph, node: Node, latents: frozenset[str], memo: dict[i
         return top
     if node.op == "gather":
         return parts[0] if len(parts) == 1 or parts[1] == Degree.CONSTANT else Degree.NONLINEAR
-    if node.op in ("item", "pick", "shift"):
+    if node.op in ("item", "pick", "shift", "collect"):
         return top
     if node.op == "reduce":
         return top if node.args[1] in ("sum", "mean") else Degree.NONLINEAR

@@ -181,6 +181,36 @@ def shift(x: Tensor, along: PlateHandle | str, k: int = 1) -> Value:
     return trace.add_node("shift", prototype(x), (trace.operand(x), k), plates=x.node.plates, name=name)  # type: ignore[attr-defined]
 
 
+def collect(x: Tensor, *, over: tuple[PlateHandle | str, ...]) -> Value:
+    """All elements of some plates as one array: the plates become leading event axes, in the order given.
+
+    This is how a layer makes a matrix of weights; the plates need not be open.
+
+    Args:
+        x: one element; varies over all of these plates.
+        over: plates of known size.
+
+    >>> @model
+    ... def layer():
+    ...     rows, columns = plate("out", 2), plate("in", 3)
+    ...     with rows, columns:
+    ...         weight = latent("weight", Normal(0.0, 1.0))
+    ...     deterministic("matrix", collect(weight, over=(rows, columns)))
+    >>> graph = layer.graph()
+    >>> graph.nodes[graph.factors["matrix"].value.id].event_shape
+    (2, 3)
+    """
+    trace = active("collect")
+    handles = [PlateHandle(str(plate_name(trace, p)), trace) for p in over]
+    names = tuple(h.name for h in handles)
+    for name in names:
+        _check_reduced(trace, x, name, "collect", frozenset(names))
+    element = prototype(x)
+    result = element.expand(*(h.size for h in handles), *element.shape).clone()
+    plates = tuple(p for p in x.node.plates if p not in names)  # type: ignore[attr-defined]
+    return trace.add_node("collect", result, (trace.operand(x),), plates=plates, name=",".join(names))
+
+
 def _reduce(kind: str, x: Tensor, over: PlateHandle | str) -> Value:
     trace = active(kind)
     name = plate_name(trace, over)
@@ -197,14 +227,16 @@ def _plates_after(trace: Trace, plates: list[str], over: str) -> tuple[str, ...]
     return maximal(trace.plates, frozenset([p for p in plates if p != over] + groups))
 
 
-def _check_reduced(trace: Trace, x: Any, plate: str, word: str) -> None:
+def _check_reduced(
+    trace: Trace, x: Any, plate: str, word: str, gone: frozenset[str] = frozenset()
+) -> None:
     if not is_traced(x) or plate not in x.node.plates:
         varies = ", ".join(x.node.plates) if is_traced(x) and x.node.plates else "no plate"
         raise ModelError(
             f"{word} over plate '{plate}' needs a value that varies over it, got one that varies over {varies}. "
             f"Make it with plate '{plate}' open, or use a torch reduction for event axes."
         )
-    trace.check_visible(x, frozenset({plate}))
+    trace.check_visible(x, gone | {plate})
 
 
 def _parent_name(name: str, parent: Any) -> str:
@@ -224,4 +256,4 @@ def _columns(name: str, parents: tuple[str, ...], by: str | tuple[str, ...] | No
     return columns
 
 
-__all__ = ["PlateHandle", "dot", "logsumexp", "mean", "pick", "plate", "plate_name", "shift", "sum"]
+__all__ = ["PlateHandle", "collect", "dot", "logsumexp", "mean", "pick", "plate", "plate_name", "shift", "sum"]
