@@ -7,6 +7,7 @@ A rule receives operands whose leading ``n`` dimensions are the joint axes and r
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -43,6 +44,8 @@ def reduction(
     rest = list(args[1:])
     options = dict(kwargs)
     dim = rest.pop(0) if rest else options.pop("dim", options.pop("axis", None))
+    if isinstance(dim, bool) or (name == "flip" and rest):  # std(x, False), x.flip(0, 1)
+        return None
     if dim is None:
         if not REDUCTIONS[name]:
             return None
@@ -72,39 +75,33 @@ def index_by_value(x: Tensor, index: Tensor, n: int) -> Tensor:
         index: ``[*axes, *shape]``, whole numbers of any dtype.
     """
     rest, shape = x.ndim - n - 1, index.shape[n:]
-    flat = index.long().reshape(*index.shape[:n], -1, *(1,) * rest)
+    at = index.long()
+    at = torch.where(at < 0, at + x.shape[n], at)
+    flat = at.reshape((*index.shape[:n], -1, *(1,) * rest))
     picked = torch.take_along_dim(x, flat, dim=n)
     return picked.reshape((*picked.shape[:n], *shape, *x.shape[n + 1 :]))
 
 
-def matmul(a_ndim: int, b_ndim: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """``a @ b`` for event ranks ``a_ndim`` and ``b_ndim`` of 1 or 2, any aligned leading axes."""
-    if (a_ndim, b_ndim) == (1, 1):
-        return lambda a, b: (a.unsqueeze(-2) @ b.unsqueeze(-1))[..., 0, 0]
-    if (a_ndim, b_ndim) == (2, 1):
-        return lambda a, b: (a @ b.unsqueeze(-1)).squeeze(-1)
-    if (a_ndim, b_ndim) == (1, 2):
-        return lambda a, b: (a.unsqueeze(-2) @ b).squeeze(-2)
-    return torch.matmul
+def einsum(equation: str, axes: Sequence[Sequence[str]], out: Sequence[str]) -> str:
+    """The equation with a letter in front for every leading axis of an operand.
 
+    Args:
+        equation: of the events.
+        axes: leading axes of each operand.
+        out: leading axes of the result; one that is missing is summed over.
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``torch.nn.functional.linear`` where weights may have leading axes; ``x`` has one event axis."""
-    out = (weight @ x.unsqueeze(-1)).squeeze(-1)
-    return out if bias is None else out + bias
-
-
-def einsum(equation: str) -> str:
-    """The equation with an ellipsis in front of every operand.
-
-    >>> einsum("ij,j->i")
-    '...ij,...j->...i'
+    >>> einsum("ij,j->i", [("k",), ("k", "row")], ("k", "row"))
+    'aij,abj->abi'
     """
-    left, _, right = equation.replace(" ", "").partition("->")
-    if not _:
-        counts = {c: left.count(c) for c in sorted(set(left) - {","})}
-        right = "".join(c for c, n in counts.items() if n == 1)
-    return ",".join("..." + part for part in left.split(",")) + "->..." + right
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    if not arrow:
+        right = "".join(x for x in sorted(set(left) - {","}) if left.count(x) == 1)
+    free = [x for x in string.ascii_letters if x not in equation]
+    names = dict.fromkeys(a for part in axes for a in part)
+    letter = dict(zip(names, free, strict=False))
+    spelled = ["".join(letter[a] for a in part) for part in axes]
+    parts = [lead + event for lead, event in zip(spelled, left.split(","), strict=True)]
+    return ",".join(parts) + "->" + "".join(letter[a] for a in out) + right
 
 
 def mapped(func: Callable[..., Any], in_axes: Sequence[Sequence[bool]]) -> Callable[..., Any]:

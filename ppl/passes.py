@@ -111,7 +111,7 @@ def _node_degree(graph: Graph, node: Node, latents: frozenset[str], memo: dict[i
     if node.op == "reduce":
         return top if node.args[1] in ("sum", "mean") else Degree.NONLINEAR
     if node.op == "dot":
-        return _product(graph, node, parts, latents)
+        return _product(graph, list(node.operands()), parts, latents)
     return _call_degree(graph, node, parts, top, latents)
 
 
@@ -121,15 +121,20 @@ def _call_degree(graph: Graph, node: Node, parts: Sequence[Degree], top: Degree,
     if node.name in _LINEAR or node.name in _SUM:
         return top
     if node.name in _PRODUCT:
-        return _product(graph, node, parts, latents)
+        operands, bias = list(node.operands()), Degree.CONSTANT
+        if node.name == "linear" and len(node.args) > 2 and isinstance(node.args[2], Ref):
+            operands, parts, bias = operands[:-1], parts[:-1], parts[-1]  # x @ weight + bias
+        return max(_product(graph, operands, parts, latents), bias)
     if node.name in _QUOTIENT and isinstance(node.args[0], Ref):
         denominator = parts[1] if len(parts) > 1 else Degree.CONSTANT
         return parts[0] if denominator == Degree.CONSTANT else Degree.NONLINEAR
     return Degree.NONLINEAR
 
 
-def _product(graph: Graph, node: Node, parts: Sequence[Degree], latents: frozenset[str]) -> Degree:
-    varying = [i for i, p in zip(node.operands(), parts, strict=True) if p != Degree.CONSTANT]
+def _product(graph: Graph, operands: Sequence[int], parts: Sequence[Degree], latents: frozenset[str]) -> Degree:
+    varying = [i for i, p in zip(operands, parts, strict=True) if p != Degree.CONSTANT]
+    if not varying:
+        return Degree.CONSTANT
     if len(varying) == 1:
         return max(parts)
     if len(varying) > 2 or max(parts) > Degree.AFFINE:

@@ -186,12 +186,13 @@ def crossed_latents(graph: Graph) -> frozenset[str]:
     """Latents read across their own plate: by an index, a reduction, a pick or a shift."""
     found: set[str] = set()
     for node in graph.nodes:
-        if node.op not in ("gather", "reduce", "dot", "pick", "shift"):
+        if node.op not in ("gather", "reduce", "dot", "pick", "shift", "collect"):
             continue
+        across = frozenset(node.name.split(","))  # the plates that `collect` turns into event axes
         operands = list(node.operands())
         for operand in operands[:1] if node.op == "gather" else operands:
             for name in upstream(graph, operand):
-                if graph.variables[name].role == "latent" and node.name in graph.closure(
+                if graph.variables[name].role == "latent" and across & graph.closure(
                     graph.variables[name].plates
                 ):
                     found.add(name)

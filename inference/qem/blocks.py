@@ -8,7 +8,7 @@ the whole plate; a finite discrete latent is enumerated.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -134,6 +134,18 @@ def _is_enumerable(v: Variable, options: QEM) -> bool:
         and not v.event_shape
         and v.cardinality <= options.enumerate_up_to
     )
+
+
+def merge_blocks(blocks: Sequence[Block], groups: Sequence[Sequence[str]]) -> tuple[Block, ...]:
+    """Blocks whose axes stand in one group share one particle index."""
+    merged: list[Block] = []
+    for block in blocks:
+        group = next((g for g in groups if block.axis in g), (block.axis,))
+        if block.axis != group[0]:
+            continue
+        members = tuple(m for b in blocks if b.axis in group for m in b.members)
+        merged.append(replace(block, axis=_axis([m.name for m in members]), members=members))
+    return tuple(merged)
 
 
 def collapsed_plates(graph: Graph) -> dict[str, frozenset[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,16 @@ from ppl.backend import Reason, Settings
 from ppl.binding import Bound
 from ppl.errors import ModelError, UnsupportedError
 from ppl.graph import Factor, Graph
-from ppl.inference.contract import Chain, Layout, LogFactor, PlateSpec, make_plan
-from ppl.inference.qem.blocks import RESTART, Block, make_blocks
+from ppl.inference.contract import (
+    Chain,
+    Layout,
+    LogFactor,
+    Plan,
+    PlateSpec,
+    make_plan,
+    suggest_groups,
+)
+from ppl.inference.qem.blocks import RESTART, Block, make_blocks, merge_blocks
 from ppl.inference.qem.options import QEM
 from ppl.lower import Compiler, Lowered, Operand, map_name
 
@@ -62,7 +70,7 @@ class Weighting:
     lowered: Lowered
     singles: tuple[Lowered, ...]  # the same factors one by one, for plates processed in parts
     inputs: Mapping[str, tuple[str, ...]]  # input name -> its axes, for narrowing
-    plan: Any
+    plan: Plan
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -102,17 +110,8 @@ def supports(graph: Graph) -> list[Reason]:
         ]
     try:
         blocks = make_blocks(graph, QEM())
-        _plan(
-            graph,
-            blocks,
-            {b.axis: 2 for b in blocks},
-            0,
-            dummy_layout(graph),
-            None,
-            torch.float64,
-            "cpu",
-            (),
-        )
+        sizes = {b.axis: 2 for b in blocks}
+        _plan(_lower(graph, blocks, sizes, 0, dummy_plates(graph), torch.float64, "cpu", ()), None)
     except UnsupportedError as error:
         return [Reason("", str(error))]
     return []
@@ -130,8 +129,36 @@ def prepare(bound: Bound, options: QEM, settings: Settings) -> Problem:
     blocks = make_blocks(bound.graph, options)
     restarts = settings.restarts if settings.restarts > 1 else 0
     sizes = particle_counts(bound, blocks, options, settings)
-    weighting = make_weighting(bound, blocks, sizes, restarts, settings.memory)
+    try:
+        weighting = make_weighting(bound, blocks, sizes, restarts, settings.memory)
+    except UnsupportedError:
+        if not isinstance(options.groups, str):
+            raise
+        weighting = _grouped(bound, blocks, sizes, restarts, settings.memory)
     return Problem(bound, options, settings, weighting, settings.max_iters or 500)
+
+
+def _grouped(
+    bound: Bound,
+    blocks: tuple[Block, ...],
+    sizes: Mapping[str, int],
+    restarts: int,
+    memory: int | None,
+) -> Weighting:
+    """The same with blocks merged until the largest array fits the budget; no split of a plate was enough."""
+    budget = memory or DEFAULT_MEMORY
+    made = _lower_bound(bound, blocks, sizes, restarts)
+    groups = suggest_groups(
+        [t.axes for t in made.terms],
+        made.layout,
+        budget,
+        itemsize=_itemsize(bound.dtype),
+        plates_of=[t.plates for t in made.terms],
+        apart=[b.axis for b in blocks if b.enumerated],
+    )
+    merged = merge_blocks(blocks, groups)
+    counts = {b.axis: max(sizes[a.axis] for a in blocks if a.names[0] in b.names) for b in merged}
+    return make_weighting(bound, merged, counts, restarts, memory)
 
 
 def make_weighting(
@@ -142,22 +169,13 @@ def make_weighting(
     memory: int | None,
 ) -> Weighting:
     """Lower all factors for these particle counts and plan their contraction."""
-    layout = real_layout(bound)
-    budget = memory or DEFAULT_MEMORY
-    terms, lowered, singles, inputs, plan = _plan(
-        bound.graph,
-        blocks,
-        sizes,
-        restarts,
-        layout,
-        budget,
-        bound.dtype,
-        bound.device,
-        tuple(bound.masks),
-    )
+    made = _lower_bound(bound, blocks, sizes, restarts)
+    plan = _plan(made, memory or DEFAULT_MEMORY, _itemsize(bound.dtype))
     static = static_arrays(bound)
-    lowered = lowered.given({k: v for k, v in static.items() if k in lowered.inputs})
-    return Weighting(bound, blocks, dict(sizes), restarts, terms, lowered, singles, inputs, plan)
+    lowered = made.whole.given({k: v for k, v in static.items() if k in made.whole.inputs})
+    return Weighting(
+        bound, blocks, dict(sizes), restarts, made.terms, lowered, made.singles, made.inputs, plan
+    )
 
 
 def particle_counts(
@@ -212,21 +230,12 @@ def replicate_count(options: QEM, counts: Iterable[int]) -> int:
 
 def largest(bound: Bound, blocks: Sequence[Block], sizes: Mapping[str, int]) -> int:
     """Entries of the largest array that one evaluation makes."""
-    terms, *_, plan = _plan(
-        bound.graph,
-        tuple(blocks),
-        sizes,
-        0,
-        real_layout(bound),
-        None,
-        bound.dtype,
-        bound.device,
-        tuple(bound.masks),
-    )
+    made = _lower_bound(bound, tuple(blocks), sizes, 0)
+    plan = _plan(made, None)
     size_of = {**sizes, **{p: bound.size(p) for p in bound.graph.plates}}
     factors = [
         torch.Size(size_of.get(a, size_of.get(a.rstrip("'"), 1)) for a in t.axes).numel()
-        for t in terms
+        for t in made.terms
     ]
     return max([plan.largest[1], *factors])
 
@@ -238,7 +247,7 @@ def values_of(block: Block) -> int:
     return count
 
 
-def real_layout(bound: Bound) -> dict[str, PlateSpec]:
+def real_plates(bound: Bound) -> dict[str, PlateSpec]:
     """Plates of the data for the contraction engine."""
     graph = bound.graph
     return {
@@ -247,7 +256,7 @@ def real_layout(bound: Bound) -> dict[str, PlateSpec]:
     }
 
 
-def dummy_layout(graph: Graph) -> dict[str, PlateSpec]:
+def dummy_plates(graph: Graph) -> dict[str, PlateSpec]:
     """Plates of two elements, to ask whether a structure can be contracted at all."""
     return {
         p.name: PlateSpec(
@@ -280,17 +289,35 @@ def variable_axes(
     return axes
 
 
-def _plan(
+class _Made(NamedTuple):
+    """All factors lowered, before they are planned."""
+
+    terms: tuple[Term, ...]
+    whole: Lowered
+    singles: tuple[Lowered, ...]
+    inputs: dict[str, tuple[str, ...]]
+    layout: Layout
+
+
+def _lower_bound(
+    bound: Bound, blocks: tuple[Block, ...], sizes: Mapping[str, int], restarts: int
+) -> _Made:
+    masks = tuple(bound.masks)
+    return _lower(
+        bound.graph, blocks, sizes, restarts, real_plates(bound), bound.dtype, bound.device, masks
+    )
+
+
+def _lower(
     graph: Graph,
     blocks: tuple[Block, ...],
     sizes: Mapping[str, int],
     restarts: int,
     plates: Mapping[str, PlateSpec],
-    memory: int | None,
     dtype: torch.dtype,
     device: torch.device | str,
     masks: tuple[str, ...],
-) -> tuple[tuple[Term, ...], Lowered, tuple[Lowered, ...], dict[str, tuple[str, ...]], Any]:
+) -> _Made:
     lead = (RESTART,) if restarts else ()
     particle_axes = [b.axis for b in blocks]
     order = (*lead, *graph.plates, *particle_axes, *(a + "'" for a in particle_axes))
@@ -299,25 +326,17 @@ def _plan(
     def compiler() -> Compiler:
         return Compiler(graph, axes, order, dtype=dtype, device=device, masks=masks)
 
-    terms, outputs, whole = [], [], compiler()
-    singles = []
+    terms, outputs, singles, whole = [], [], [], compiler()
     for factor in graph.densities:
         for later in (False, True) if factor.chain else (False,):
-            out = _output(graph, whole, factor, later)
-            outputs.append(out)
-            terms.append(_term(graph, factor, out, later))
+            outputs.append(_output(graph, whole, factor, later))
+            terms.append(_term(graph, factor, outputs[-1], later))
             alone = compiler()
             singles.append(alone.finish([_output(graph, alone, factor, later)]))
-    lowered = whole.finish(outputs)
-    for block in blocks:
-        if not block.enumerated:
-            terms.append(
-                Term(
-                    block.axis,
-                    (*lead, *(p for p in graph.plates if p in block.plates), block.axis),
-                    block.plates,
-                )
-            )
+    for b in blocks:
+        if not b.enumerated:
+            own = tuple(p for p in graph.plates if p in b.plates)
+            terms.append(Term(b.axis, (*lead, *own, b.axis), b.plates))
     layout = Layout(
         plates=plates,
         sizes={**sizes, **({RESTART: restarts} if restarts else {})},
@@ -325,16 +344,17 @@ def _plan(
         chains=tuple(Chain(b.chain, b.axis, b.axis + "'") for b in blocks if b.chain),
         batch=lead,
     )
-    itemsize = torch.empty((), dtype=dtype).element_size()
-    plan = make_plan(
-        [t.axes for t in terms],
-        layout,
-        memory=memory,
-        itemsize=itemsize,
-        plates_of=[t.plates for t in terms],
-    )
     inputs = dict(axes) | {name + "@mask": axes[name] for name in masks}
-    return tuple(terms), lowered, tuple(singles), inputs, plan
+    return _Made(tuple(terms), whole.finish(outputs), tuple(singles), inputs, layout)
+
+
+def _plan(made: _Made, memory: int | None, itemsize: int = 8) -> Plan:
+    scopes, plates = [t.axes for t in made.terms], [t.plates for t in made.terms]
+    return make_plan(scopes, made.layout, memory=memory, itemsize=itemsize, plates_of=plates)
+
+
+def _itemsize(dtype: torch.dtype) -> int:
+    return torch.empty((), dtype=dtype).element_size()
 
 
 def _output(graph: Graph, compiler: Compiler, factor: Factor, later: bool) -> Operand:
@@ -398,11 +418,10 @@ def describe(bound: Bound, options: QEM, settings: Settings) -> str:
     Raises:
         UnsupportedError: the plan does not fit the memory budget.
     """
-    blocks = make_blocks(bound.graph, options)
-    sizes = particle_counts(bound, blocks, options, settings)
-    plan = make_weighting(bound, blocks, sizes, 0, settings.memory).plan
+    weighting = prepare(bound, options, settings).weighting
+    blocks, sizes, plan = weighting.blocks, weighting.sizes, weighting.plan
     text = ", ".join(
         f"{'+'.join(b.names)} ({'all' if b.enumerated else sizes[b.axis]})" for b in blocks
     )
-    axes, elements, size = plan.largest
+    _, elements, size = plan.largest
     return f"particles of {text}; largest array {elements} entries, {size / 2**20:.1f} MiB"

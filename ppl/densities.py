@@ -1,0 +1,212 @@
+"""Log-densities of laws under leading axes: broadcast, as a matrix product, or by ``vmap``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ppl import operations
+from ppl.distributions import Distribution, MultivariateNormal, Normal
+from ppl.errors import UnsupportedError
+from ppl.graph import Law
+from ppl.lowered import Operand, joint_edges
+
+if TYPE_CHECKING:
+    from ppl.lower import Compiler
+
+_HALF_LOG_2PI = 0.9189385332046727
+
+
+def law_density(
+    c: Compiler, law: Law, value: Operand, mask: Operand | None, plates: Sequence[str] = ()
+) -> Operand:
+    """Log-density of ``value`` with its event summed.
+
+    Args:
+        c: the compiler to emit steps to.
+        law: its parameters are compiled here.
+        value: the whole event of one draw.
+        mask: where entries are present; of the shape of ``value``.
+        plates: of the factor.
+    """
+    arguments = c.arguments(law)
+    everything = [value, *arguments, *([mask] if mask else [])]
+    axes, edges = c.joint_axes(everything, plates), joint_edges(everything)
+    if is_foreign(law.family):
+        slot = _by_vmap(c, law, everything, axes, masked=mask is not None)
+    elif mask is None and _is_inner_product(c, law, value, arguments):
+        slot = _inner_product(c, value, arguments, axes)
+    else:
+        slot = _broadcast(c, law, everything, axes, masked=mask is not None)
+    return without_edges(c, Operand(slot, axes, 0, edges))
+
+
+def is_foreign(family: Distribution) -> bool:
+    """Whether a law, or one inside it, is right only for parameters of one element's shape."""
+    if family.needs_vmap:
+        return True
+    inside = [part for v in vars(family).values() for part in (v if isinstance(v, tuple) else (v,))]
+    return any(isinstance(part, Distribution) and is_foreign(part) for part in inside)
+
+
+def without_edges(c: Compiler, out: Operand) -> Operand:
+    """Zero where a neighbour is missing: those elements drop out of the factor."""
+    for plate, start, end in out.edges:
+        if plate not in out.axes:
+            raise UnsupportedError(
+                f"a value shifted along plate '{plate}' is looked up from a plate within it, where "
+                f"it is not clear which elements lack a neighbour. Use it with '{plate}' open."
+            )
+        at = out.axes.index(plate) - len(out.axes)
+        out = out._replace(slot=c.emit(partial(_drop_edges, at, start, end), out.slot))
+    return out._replace(edges=())
+
+
+def _broadcast(
+    c: Compiler, law: Law, everything: Sequence[Operand], axes: tuple[str, ...], masked: bool
+) -> int:
+    family, value = law.family, everything[0]
+    batch = value.event_ndim - family.event_dim
+    ranks = [batch + leaf.event_dim for leaf in family.leaves()]
+    slots = [c.place(value, axes)]
+    for argument, rank in zip(everything[1 : 1 + len(ranks)], ranks, strict=True):
+        slots.append(c.place(argument, axes, max(rank, argument.event_ndim)))
+    if masked:
+        slots.append(c.place(everything[-1], axes))
+    return c.emit(partial(_evaluate, family, batch, masked), *slots)
+
+
+def _by_vmap(
+    c: Compiler, law: Law, everything: Sequence[Operand], axes: tuple[str, ...], masked: bool
+) -> int:
+    operands = [c.lifted(o, axes) for o in everything]
+    batch = everything[0].event_ndim - law.family.event_dim
+    run = operations.mapped(
+        partial(_evaluate, law.family, batch, masked), [[a in o.axes for o in operands] for a in axes]
+    )
+    return c.emit(run, *(o.slot for o in operands))
+
+
+def _evaluate(
+    family: Distribution, batch: int, masked: bool, value: Tensor, *rest: Tensor
+) -> Tensor:
+    leaves, mask = (rest[:-1], rest[-1]) if masked else (rest, None)
+    law = family.replace(leaves)
+    density = law.log_prob(value) if mask is None else masked_log_prob(law, value, mask)
+    return density.sum(tuple(range(-batch, 0))) if batch else density
+
+
+def masked_log_prob(law: Distribution, value: Tensor, mask: Tensor) -> Tensor:
+    """Log-density of the entries that are there; the others are integrated out.
+
+    Args:
+        law: with tensors as parameters.
+        value: ``[*batch, *event]``; any legal number where an entry is missing.
+        mask: True where an entry is there; broadcasts with ``value``.
+    """
+    if law.event_dim == 0:
+        return torch.where(mask, law.log_prob(value), 0.0)
+    present = mask.flatten(mask.ndim - law.event_dim)
+    if isinstance(law, MultivariateNormal) and bool((present.any(-1) & ~present.all(-1)).any()):
+        return marginal_log_prob(law, value, mask)
+    return torch.where(present.all(-1), law.log_prob(value), 0.0)
+
+
+def marginal_log_prob(law: MultivariateNormal, value: Tensor, mask: Tensor) -> Tensor:
+    """Log-density of the sub-vector where ``mask [*batch, d]`` is True.
+
+    The rows and columns of missing entries are replaced by those of the identity, and their
+    residuals by zero: they add nothing to the determinant or to the square.
+
+    >>> law = MultivariateNormal(torch.zeros(2), covariance_matrix=4.0 * torch.eye(2))
+    >>> one = marginal_log_prob(law, torch.zeros(2), torch.tensor([True, False]))
+    >>> torch.allclose(one, Normal(0.0, 2.0).log_prob(torch.zeros(())).float())
+    True
+    """
+    both = mask.unsqueeze(-1) & mask.unsqueeze(-2)
+    covariance = law.covariance
+    eye = torch.eye(value.shape[-1], dtype=covariance.dtype, device=covariance.device)
+    residual = torch.where(mask, value - law.tensors()["loc"], 0.0)
+    chol = torch.linalg.cholesky(torch.where(both, covariance, eye))
+    white = torch.linalg.solve_triangular(chol, residual.unsqueeze(-1), upper=False).squeeze(-1)
+    log_det = chol.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return -0.5 * white.square().sum(-1) - log_det - _HALF_LOG_2PI * mask.sum(-1)
+
+
+# ---- Normal vectors as a matrix product ----------------------------------------------------------
+
+
+def _is_inner_product(
+    c: Compiler, law: Law, value: Operand, arguments: Sequence[Operand]
+) -> bool:
+    """A Normal on vectors whose value and parameters have axes of their own."""
+    if type(law.family) is not Normal or value.event_ndim != 1 or c.rules != "all":
+        return False
+    others = {a for o in arguments for a in o.axes}
+    if not set(value.axes) - others or not others - set(value.axes):
+        return False
+    return not c.related(value.axes, tuple(others)) and not c.related(tuple(others), tuple(others))
+
+
+def _inner_product(
+    c: Compiler, value: Operand, arguments: Sequence[Operand], axes: tuple[str, ...]
+) -> int:
+    both = c.joint_axes(arguments)
+    slots = [c.place(a, both, 1) for a in arguments]
+    shared = tuple(a for a in axes if a in value.axes and a in both)
+    rows = tuple(a for a in value.axes if a not in shared)
+    columns = tuple(a for a in both if a not in shared)
+    v_order = [value.axes.index(a) for a in (*shared, *rows)] + [len(value.axes)]
+    p_order = [both.index(a) for a in (*shared, *columns)] + [len(both)]
+    made = (*shared, *rows, *columns)
+    back = [made.index(a) for a in axes]
+    counts = len(shared), len(both)
+    return c.emit(
+        partial(_normal_inner_product, v_order, p_order, back, counts), value.slot, *slots
+    )
+
+
+def _normal_inner_product(
+    v_order: list[int],
+    p_order: list[int],
+    back: list[int],
+    counts: tuple[int, int],
+    value: Tensor,
+    loc: Tensor,
+    scale: Tensor,
+) -> Tensor:
+    """Sum over the event of log N(z; m, s) as ``[z, z^2] @ [m / s^2, -1 / (2 s^2)] + constant``.
+
+    Centred at the mean location, so that the squares stay small where precision matters.
+    """
+    shared, n_params = counts
+    precision = scale.pow(-2)
+    pad = n_params + 1
+    loc = loc[(None,) * (pad - loc.ndim)]
+    precision = precision[(None,) * (pad - precision.ndim)]
+    width = value.shape[-1]
+    centre = loc.expand((*loc.shape[:-1], width)).reshape(-1, width).mean(0)
+    z, m = value - centre, loc - centre
+    linear = m * precision
+    constant = (0.5 * precision.log() - _HALF_LOG_2PI - 0.5 * m * linear).sum(-1, keepdim=True)
+    shape = (*torch.broadcast_shapes(linear.shape[:-1], precision.shape[:-1]), width)
+    parts = (linear.expand(shape), (-0.5 * precision).expand(shape), constant)
+    natural = torch.cat(parts, -1).permute(p_order)
+    statistics = torch.cat([z, z.square(), torch.ones_like(z[..., :1])], -1).permute(v_order)
+    lead = torch.broadcast_shapes(statistics.shape[:shared], natural.shape[:shared])
+    rows, columns = statistics.shape[shared:-1], natural.shape[shared:-1]
+    left = statistics.expand((*lead, *statistics.shape[shared:]))
+    right = natural.expand((*lead, *natural.shape[shared:]))
+    product = left.reshape((*lead, -1, left.shape[-1])) @ right.reshape((*lead, -1, right.shape[-1])).mT
+    return product.reshape((*lead, *rows, *columns)).permute(back)
+
+
+def _drop_edges(at: int, start: int, end: int, density: Tensor) -> Tensor:
+    size = density.shape[at]
+    place = torch.arange(size, device=density.device)
+    keep = (place >= start) & (place < size - end)
+    return torch.where(keep.reshape(-1, *(1,) * (-at - 1)), density, 0.0)
