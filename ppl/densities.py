@@ -134,7 +134,8 @@ def marginal_log_prob(law: MultivariateNormal, value: Tensor, mask: Tensor) -> T
     chol = torch.linalg.cholesky(torch.where(both, covariance, eye))
     white = torch.linalg.solve_triangular(chol, residual.unsqueeze(-1), upper=False).squeeze(-1)
     log_det = chol.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return -0.5 * white.square().sum(-1) - log_det - _HALF_LOG_2PI * mask.sum(-1)
+    present = mask.sum(-1, dtype=covariance.dtype)  # a whole number times a float is single precision
+    return -0.5 * white.square().sum(-1) - log_det - _HALF_LOG_2PI * present
 
 
 # ---- Normal vectors as a matrix product ----------------------------------------------------------

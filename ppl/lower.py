@@ -162,10 +162,10 @@ class Compiler:
             if key not in self._memo:
                 self._memo[key] = self._node(self.graph.nodes[item.id])
             return self._memo[key]
-        tensor = torch.as_tensor(item)
-        if tensor.is_floating_point() or not isinstance(item, Tensor):
-            tensor = tensor.to(self.dtype)
-        return Operand(self.slot(tensor.to(self.device)), (), tensor.ndim)
+        # Python numbers go to the run's dtype at once: by way of the default dtype they would lose digits.
+        tensor = item if isinstance(item, Tensor) else torch.as_tensor(item, dtype=self.dtype)
+        tensor = tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
+        return Operand(self.slot(tensor), (), tensor.ndim)
 
     def whole(self, item: Any, plate: str) -> Operand:
         """Compile with every element of ``plate``, also where a transition leaves one out."""

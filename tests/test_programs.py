@@ -6,6 +6,7 @@ Each program gets small made-up data. What is checked is the factor graph, and :
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -207,8 +208,12 @@ HOUSES = {
     "log_uranium": [0.2, 0.2, 0.2, -0.4, -0.4, 0.2],
 }
 RATINGS = [
-    {"user": ["u1", "u1", "u2", "u3"], "film": ["f1", "f2", "f2", "f1"], "liked": [1, 0, 1, 1]},
-    {"film": ["f1", "f2"], "genre": [[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0]]},
+    pd.DataFrame({
+        "user": ["u1", "u1", "u2", "u3"],
+        "film": ["f1", "f2", "f2", "f1"],
+        "liked": [1, 0, 1, 1],
+    }),
+    {"genre": [[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0]]},  # of f1 and f2
 ]
 SIGHTINGS = {
     "seen": np.array([[[0, 1], [1, np.nan]], [[0, 0], [1, 1]], [[np.nan, 0], [0, 0]]]),

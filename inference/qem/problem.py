@@ -44,7 +44,7 @@ _COUNTS = (
     50,
     30,
 )  # particles of the last weighting, the most that fit
-_POINTS = 2000  # particles of all replicates together, at least
+_POINTS = 4000  # particles of all replicates together, at least
 DEFAULT_MEMORY = 4 * 2**30
 
 

@@ -61,8 +61,9 @@ def test_another_seed_gives_the_same_answer_within_monte_carlo_error():
 def test_float32_gives_the_same_answer():
     a, b = fit(groups, DATA, seed=1), fit(groups, DATA, seed=1, dtype=torch.float32)
     assert b.mean("level").dtype == torch.float32
-    assert ((a.mean("level") - b.mean("level")).abs() / a.sd("level")).max() < 0.1
-    assert (a.sd("level") / b.sd("level")).log().abs().max() < 0.1
+    # Both have about 2000 effective particles of the spread, on which every level depends: 0.03 sd of noise each.
+    assert ((a.mean("level") - b.mean("level")).abs() / a.sd("level")).max() < 0.15
+    assert (a.sd("level") / b.sd("level")).log().abs().max() < 0.15
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device on this machine")
