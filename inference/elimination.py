@@ -128,7 +128,7 @@ class Compiler:
         terms = self._padded(part)
         if len(terms) > 1:
             terms = [self._lifted(t) for t in terms]
-        terms = self._gathered(context, terms)
+        terms = self._gathered(context, terms, axes)
         terms = [self._sum_private(t, [o for o in terms if o is not t], axes) for t in terms]
         for pair in self._path(terms, axes):
             picked = [terms[i] for i in pair]
@@ -136,21 +136,28 @@ class Compiler:
             terms.append(self._join(context, picked, terms, axes))
         return terms[0]
 
-    def _gathered(self, context: Context, terms: Sequence[Term]) -> list[Term]:
+    def _gathered(self, context: Context, terms: Sequence[Term], owned: set[str]) -> list[Term]:
         """Add every factor to the smallest other one that has all its axes.
 
-        Never costs more than the larger of the two, and leaves pairs that can be matrix products.
+        Never costs more than the larger of the two, and leaves pairs that can be matrix products. Axes that no
+        other factor mentions are summed in the same step, which saves an array of the larger one's size.
         """
-        waiting = sorted(terms, key=lambda t: math.prod(self.layout.shape(t.axes)))
+        waiting = self._by_size(terms)
         out: list[Term] = []
         while waiting:
             term = waiting.pop(0)
-            home = next((i for i, o in enumerate(waiting) if set(term.axes) <= set(o.axes)), None)
+            home = next((o for o in waiting if set(term.axes) <= set(o.axes)), None)
             if home is None:
                 out.append(term)
-            else:
-                waiting[home] = self._sum(context, [term, waiting[home]], ())
+                continue
+            waiting.remove(home)
+            elsewhere = {a for o in (*out, *waiting) for a in o.axes}
+            private = [a for a in home.axes if a in owned and a not in elsewhere]
+            waiting = self._by_size([*waiting, self._sum(context, [term, home], private)])
         return out
+
+    def _by_size(self, terms: Iterable[Term]) -> list[Term]:
+        return sorted(terms, key=lambda t: math.prod(self.layout.shape(t.axes)))
 
     def _path(self, terms: Sequence[Term], owned: set[str]) -> list[tuple[int, ...]]:
         if len(terms) == 1:

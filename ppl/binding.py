@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from ppl.columns import Column, Columns
+from ppl.distributions import MultivariateNormal
 from ppl.errors import DataError, nearest
 from ppl.graph import Graph, Variable
 
@@ -67,6 +68,7 @@ def bind(
     graph = replace(graph, plates={n: replace(p, size=plates.sizes[n]) for n, p in graph.plates.items()})
     place = device or _device(columns)
     maps = {key: codes.to(place) for key, codes in plates.maps().items()}
+    _check_picks(graph)
     values: dict[str, Tensor] = {}
     masks: dict[str, Tensor] = {}
     report: list[str] = []
@@ -169,7 +171,7 @@ class _Plates:
         In a data frame that is the column with the plate's name. In a mapping of arrays it must have as many rows as
         ``column`` and hold labels, or repeat a position: labels have an order of their own, whatever their number.
         """
-        for name in self._pointers(plate):
+        for name in self._keys(plate, is_table=column.table is not None):
             key = self.columns.beside(column, name)
             if key is None or key is column or len(key.values) != rows:
                 continue
@@ -179,9 +181,18 @@ class _Plates:
 
     def _pointers(self, plate: str) -> list[str]:
         """Names of the columns whose entries are elements of ``plate``."""
-        names = [c for p in self.graph.plates.values() for c, q in zip(p.columns, p.parents, strict=True) if q == plate]
-        names += [v.name for v in self.graph.role("given") if v.index_of == plate]
-        return list(dict.fromkeys([*names, plate]))
+        indices = [v.name for v in self.graph.role("given") if v.index_of == plate]
+        return list(dict.fromkeys([*self._members(plate), *indices, plate]))
+
+    def _keys(self, plate: str, *, is_table: bool) -> list[str]:
+        # An index (an edge's two poses) is a key only where it is the one way from the rows of a table.
+        indices = [v.name for v in self.graph.role("given") if v.index_of == plate]
+        return [*self._members(plate), *(indices if is_table and len(indices) == 1 else []), plate]
+
+    def _members(self, plate: str) -> list[str]:
+        """Names of the columns that say which element of ``plate`` something lies within."""
+        plates = self.graph.plates.values()
+        return [c for p in plates for c, q in zip(p.columns, p.parents, strict=True) if q == plate]
 
     def _labels_of(self, plate: str) -> Sequence[Any]:
         if plate in self.given_labels:
@@ -258,10 +269,21 @@ class _Plates:
         return maps
 
     def _compose(self, maps: dict[tuple[str, str], Tensor], plate: str, ancestor: str) -> Tensor:
-        via = next(p for p in self.graph.plates[plate].parents if p == ancestor or ancestor in self.graph.ancestors(p))
-        if (via, ancestor) not in maps:
-            maps[via, ancestor] = self._compose(maps, via, ancestor)
-        return maps[via, ancestor][maps[plate, via]]
+        ways = [p for p in self.graph.plates[plate].parents if p == ancestor or ancestor in self.graph.ancestors(p)]
+        found = []
+        for way in ways:
+            if (way, ancestor) not in maps:
+                maps[way, ancestor] = self._compose(maps, way, ancestor)
+            found.append(maps[way, ancestor][maps[plate, way]])
+        for way, other in zip(ways[1:], found[1:], strict=True):
+            differ = torch.nonzero(found[0] != other)
+            if len(differ):
+                raise DataError(
+                    f"plate '{plate}' lies within '{ancestor}' by way of '{ways[0]}' and of '{way}', which disagree for "
+                    f"{plate} {self.labels[plate][int(differ[0, 0])]!r} ({len(differ)} in all). Correct the data, or index "
+                    f"one of them: given('i', index={ancestor})."
+                )
+        return found[0]
 
     def _per_element(self, column: Column, rows: Tensor, plate: str, axis: int = 0) -> Tensor:
         """One entry an element of ``plate`` from an array with one entry a row; they must agree within an element."""
@@ -288,7 +310,7 @@ class _Plates:
 
     def array(self, variable: Variable, column: Column) -> Tensor:
         """The array of a variable, one entry an element of its plates."""
-        if variable.index_of is not None and variable.role == "given":
+        if variable.index_of is not None and (variable.role == "given" or column.is_text):
             array = self.codes(replace(column, values=column.arranged(variable.plates)), variable.index_of)
         else:
             arranged = column.arranged(variable.plates)
@@ -298,6 +320,16 @@ class _Plates:
         for axis, plate in enumerate(variable.plates):
             array = self._per_element(column, array, plate, axis)
         return array
+
+
+def _check_picks(graph: Graph) -> None:
+    for node in graph.nodes:
+        size = graph.plates[node.name].size if node.op == "pick" else None
+        if size is not None and not -size <= node.args[1] < size:
+            raise DataError(
+                f"pick(..., {node.name}={node.args[1]}) at {node.where}: plate '{node.name}' has {size} elements, positions 0 "
+                f"to {size - 1}. Pick one of them."
+            )
 
 
 def _device(columns: Columns) -> torch.device:
@@ -383,7 +415,31 @@ def _check_values(
     _check_support(variable, tensor, absent, labels)
     if not bool(absent.any()):
         return tensor, None
-    return _filled(variable, tensor, absent), ~absent
+    if variable.role == "observed":
+        _check_parts(graph, variable, absent, labels)
+    return _filled(graph, variable, tensor, absent), ~absent
+
+
+def _check_parts(graph: Graph, variable: Variable, absent: Tensor, labels: Mapping[str, Sequence[Any]]) -> None:
+    """An event that is drawn as a whole is there as a whole, unless its marginals are known."""
+    factor = graph.factors[variable.name]
+    assert factor.law is not None
+    if factor.chain is not None:
+        raise DataError(
+            f"'{variable.name}': {int(absent.sum())} entries are missing, and in an observed Markov chain the next element "
+            "depends on them. Make the chain a latent and observe it through a law of its own."
+        )
+    family = factor.law.family
+    if not family.event_dim or isinstance(family, MultivariateNormal):
+        return
+    gone = absent.flatten(absent.ndim - family.event_dim)
+    partly = gone.any(-1) & ~gone.all(-1)
+    if bool(partly.any()):
+        raise DataError(
+            f"'{variable.name}': {int(partly.sum())} events are missing in part, the first at "
+            f"{_place(variable, partly, labels)}; of the law {type(family).__name__} only whole events can be left out. "
+            "Drop those rows, set all of their entries to NaN, or use a law of independent entries."
+        )
 
 
 def _check_support(variable: Variable, tensor: Tensor, absent: Tensor, labels: Mapping[str, Sequence[Any]]) -> None:
@@ -402,10 +458,15 @@ def _check_support(variable: Variable, tensor: Tensor, absent: Tensor, labels: M
         )
 
 
-def _filled(variable: Variable, tensor: Tensor, absent: Tensor) -> Tensor:
+def _is_joint(graph: Graph, variable: Variable) -> bool:
+    law = graph.factors[variable.name].law if variable.name in graph.factors else None
+    return law is None or law.family.event_dim > 0
+
+
+def _filled(graph: Graph, variable: Variable, tensor: Tensor, absent: Tensor) -> Tensor:
     # The filler never reaches a result: its log-density is masked.  It must only be legal, so a present value is used.
     event = len(variable.event_shape)
-    if event == 0:
+    if event == 0 or not _is_joint(graph, variable):
         return torch.where(absent, tensor[~absent][0], tensor)
     flat, gone = tensor.reshape(-1, *variable.event_shape), absent.reshape(-1, *variable.event_shape)
     whole = torch.nonzero(~gone.reshape(len(flat), -1).any(1))

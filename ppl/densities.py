@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from ppl.lowered import Operand, joint_edges
 if TYPE_CHECKING:
     from ppl.lower import Compiler
 
+_LARGE = 1 << 20  # entries above which memory is used again
 _HALF_LOG_2PI = 0.9189385332046727
 
 
@@ -56,13 +58,18 @@ def is_foreign(family: Distribution) -> bool:
 def without_edges(c: Compiler, out: Operand) -> Operand:
     """Zero where a neighbour is missing: those elements drop out of the factor."""
     for plate, start, end in out.edges:
-        if plate not in out.axes:
+        within = [a for a in out.axes if a == plate or plate in c.ancestors(a)]
+        if len(within) != 1:
             raise UnsupportedError(
-                f"a value shifted along plate '{plate}' is looked up from a plate within it, where "
-                f"it is not clear which elements lack a neighbour. Use it with '{plate}' open."
+                f"a value shifted along plate '{plate}' is used where it is not clear which "
+                f"elements lack a neighbour. Use it with '{plate}' open."
             )
-        at = out.axes.index(plate) - len(out.axes)
-        out = out._replace(slot=c.emit(partial(_drop_edges, at, start, end), out.slot))
+        at, size = out.axes.index(within[0]) - len(out.axes), c.graph.plates[plate].size
+        inputs = (out.slot,)
+        if within[0] != plate:
+            inputs = (out.slot, c.membership(within[0], plate))
+        run = partial(_drop_edges, at, start, end, size)
+        out = out._replace(slot=c.emit(run, *inputs))
     return out._replace(edges=())
 
 
@@ -167,11 +174,39 @@ def _inner_product(
     back = [made.index(a) for a in axes]
     counts = len(shared), len(both)
     return c.emit(
-        partial(_normal_inner_product, v_order, p_order, back, counts), value.slot, *slots
+        partial(_normal_inner_product, Room(), v_order, p_order, back, counts), value.slot, *slots
     )
 
 
+class Room:
+    """Memory of a large result, used again once nothing else refers to it.
+
+    The system clears the pages of new memory, which for the largest array of an iteration takes longer than the
+    arithmetic on it. Where torch does not tell how often a storage is referred to, every result has memory of its own.
+    """
+
+    def __init__(self) -> None:
+        self._flat: Tensor | None = None
+
+    def product(self, left: Tensor, right: Tensor) -> Tensor:
+        """``left @ right``, in the old memory where it is free and of the right size."""
+        shape = (*left.shape[:-1], right.shape[-1])
+        if math.prod(shape) < _LARGE or left.requires_grad or right.requires_grad:
+            return left @ right
+        if self._flat is None or not self._fits(shape, left):
+            self._flat = torch.empty(math.prod(shape), dtype=left.dtype, device=left.device)
+        return torch.matmul(left, right, out=self._flat.view(shape))
+
+    def _fits(self, shape: tuple[int, ...], like: Tensor) -> bool:
+        flat, count = self._flat, getattr(torch._C, "_storage_Use_Count", None)
+        if flat is None or count is None:
+            return False
+        same = flat.numel() == math.prod(shape) and (flat.dtype, flat.device) == (like.dtype, like.device)
+        return same and bool(count(flat.untyped_storage()._cdata) <= 2)  # this tensor and the storage just asked for
+
+
 def _normal_inner_product(
+    room: Room,
     v_order: list[int],
     p_order: list[int],
     back: list[int],
@@ -202,12 +237,18 @@ def _normal_inner_product(
     rows, columns = statistics.shape[shared:-1], natural.shape[shared:-1]
     left = statistics.expand((*lead, *statistics.shape[shared:]))
     right = natural.expand((*lead, *natural.shape[shared:]))
-    product = left.reshape((*lead, -1, left.shape[-1])) @ right.reshape((*lead, -1, right.shape[-1])).mT
+    product = room.product(
+        left.reshape((*lead, -1, left.shape[-1])), right.reshape((*lead, -1, right.shape[-1])).mT
+    )
     return product.reshape((*lead, *rows, *columns)).permute(back)
 
 
-def _drop_edges(at: int, start: int, end: int, density: Tensor) -> Tensor:
-    size = density.shape[at]
-    place = torch.arange(size, device=density.device)
+def _drop_edges(
+    at: int, start: int, end: int, size: int, density: Tensor, place: Tensor | None = None
+) -> Tensor:
+    """Zero at the first ``start`` and last ``end`` places; ``place`` is that of each element."""
+    if place is None:
+        size = density.shape[at]  # one less in a transition
+        place = torch.arange(size, device=density.device)
     keep = (place >= start) & (place < size - end)
     return torch.where(keep.reshape(-1, *(1,) * (-at - 1)), density, 0.0)

@@ -82,7 +82,7 @@ def _pointwise(c: Compiler, node: Node, operands: list[Operand]) -> Operand:
         if isinstance(leaf, (Ref, Tensor)):
             slots.append(c.place(c.operand(leaf), axes, event))
             return Ref(len(slots) - 1)
-        return leaf
+        return _in_dtype(c, leaf)
 
     template = substitute((node.args, node.kwargs), place)
     return Operand(c.emit(_caller(node.func, *template), *slots), axes, event)
@@ -160,15 +160,22 @@ def _by_vmap(c: Compiler, node: Node, operands: list[Operand]) -> Operand:
         if isinstance(leaf, (Ref, Tensor)):
             parts.append(c.operand(leaf))
             return Ref(len(parts) - 1)
-        return leaf
+        return _in_dtype(c, leaf)
 
     template = substitute((node.args, node.kwargs), place)
     axes = c.joint_axes(operands, node.plates)
     lifted = [c.lifted(p, axes) for p in parts]
     has = [[a in p.axes for p in lifted] for a in axes]
-    run = operations.mapped(_caller(node.func, *template), has)
+    by_value = node.name == "getitem" and isinstance(node.args[1], Ref)
+    func = partial(operations.index_by_value, n=0) if by_value else node.func
+    run = operations.mapped(_caller(func, *template), has)
     slot = c.emit(partial(_explained, run, node), *(p.slot for p in lifted))
     return Operand(slot, axes, len(node.event_shape))
+
+
+def _in_dtype(c: Compiler, leaf: Any) -> Any:
+    """``x.to(torch.float64)``: floating dtypes are the run's."""
+    return c.dtype if isinstance(leaf, torch.dtype) and leaf.is_floating_point else leaf
 
 
 def _item(c: Compiler, node: Node) -> Operand:

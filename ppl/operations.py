@@ -55,8 +55,10 @@ def reduction(
     if event_ndim == 0:
         return None
     dims = tuple(d - event_ndim if d >= 0 else d for d in (dim if isinstance(dim, (tuple, list)) else (dim,)))
-    if name in ("prod", "all", "any") and len(dims) > 1:
-        return None
+    if name in ("prod", "all", "any", "argmax", "argmin"):  # they take one dimension
+        if len(dims) != 1:
+            return None
+        return lambda x: func(x, dims[0], *rest, **options)
     at: Any = dims if isinstance(dim, (tuple, list)) else dims[0]
     return lambda x: func(x, at, *rest, **options)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ppl.errors import ModelError, user_line
-from ppl.graph import Plate, maximal
+from ppl.graph import Plate, ancestors, maximal
 from ppl.trace import Trace, active
 from ppl.value import Value, is_traced, prototype
 
@@ -149,7 +150,7 @@ def dot(a: Tensor, b: Tensor, *, over: PlateHandle | str) -> Value:
     assert name is not None
     for x in (a, b):
         _check_reduced(trace, x, name, "dot")
-    result = prototype(a) * prototype(b)
+    result = trace.evaluate(torch.mul, "dot", (a, b), {}, [a, b])
     plates = _plates_after(trace, [p for x in (a, b) if is_traced(x) for p in x.node.plates], name)
     return trace.add_node("dot", result, (trace.operand(a), trace.operand(b)), plates=plates, name=name)
 
@@ -159,6 +160,11 @@ def pick(x: Tensor, **at: int) -> Value:
     trace = active("pick")
     for name, position in at.items():
         plate_name(trace, name)
+        if isinstance(position, bool) or not isinstance(position, int):
+            raise ModelError(
+                f"pick takes a position, a whole number: got {name}={position!r}. To pick by a value, declare the index: "
+                f"x[i] with i = given('i', index={name})."
+            )
         _check_reduced(trace, x, name, "pick")
         plates = tuple(p for p in x.node.plates if p != name)  # type: ignore[attr-defined]
         x = trace.add_node("pick", prototype(x), (trace.operand(x), position), plates=plates, name=name)
@@ -175,6 +181,7 @@ def shift(x: Tensor, along: PlateHandle | str, k: int = 1) -> Value:
     assert name is not None
     if not trace.plates[name].ordered:
         raise ModelError(f"shift needs an ordered plate. Declare it: plate('{name}', ordered=True).")
+    refuse_ragged(trace, name, "shift")
     if not is_traced(x) or name not in x.node.plates:  # type: ignore[attr-defined]
         raise ModelError(f"shift along '{name}' needs a value that varies over that plate.")
     trace.check_visible(x)  # type: ignore[arg-type]
@@ -211,6 +218,17 @@ def collect(x: Tensor, *, over: tuple[PlateHandle | str, ...]) -> Value:
     return trace.add_node("collect", result, (trace.operand(x),), plates=plates, name=",".join(names))
 
 
+def refuse_ragged(trace: Trace, plate: str, word: str) -> None:
+    """Raise when an ordered plate lies within another: its neighbours may belong to different groups."""
+    parents = trace.plates[plate].parents
+    if parents:
+        raise ModelError(
+            f"{word} runs along plate '{plate}', which lies within '{parents[0]}': neighbours may belong to different "
+            f"elements of it. Make a grid, with {parents[0]}: with {plate}: ...; or, when one series runs through all of "
+            f"them, leave out within= and index: x[i] with i = given('i', index={parents[0]})."
+        )
+
+
 def _reduce(kind: str, x: Tensor, over: PlateHandle | str) -> Value:
     trace = active(kind)
     name = plate_name(trace, over)
@@ -222,8 +240,8 @@ def _reduce(kind: str, x: Tensor, over: PlateHandle | str) -> Value:
 
 def _plates_after(trace: Trace, plates: list[str], over: str) -> tuple[str, ...]:
     # With an ancestor of the reduced plate open, the result is one number for each of its elements.
-    visible = trace.visible_plates()
-    groups = [p for p in trace.plates[over].parents if p in visible]
+    visible = trace.visible_plates(trace.open_but(over))
+    groups = [p for p in ancestors(trace.plates, over) if p in visible]
     return maximal(trace.plates, frozenset([p for p in plates if p != over] + groups))
 
 

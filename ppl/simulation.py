@@ -11,7 +11,7 @@ from torch import Tensor
 from ppl.binding import Bound
 from ppl.distributions import Distribution
 from ppl.errors import UnsupportedError
-from ppl.graph import Factor, Law, Variable
+from ppl.graph import Factor, Law, Variable, refs
 from ppl.lower import Compiler, Operand, map_name
 from ppl.streams import Streams, isolated
 
@@ -127,13 +127,30 @@ class _Simulation:
         path.select(at, 0).copy_(_known_row(first, entry, at, 0, variable))
         compiler = self._compiler()
         arguments = compiler.later_arguments(transition, plate)
+        looks_far = self._looks_far(transition, plate)
         for t in range(1, shape[at]):
-            arrays = self._rows(plate, t, variable.name, path)
+            if looks_far:  # the whole path so far, and of the result the row of this element
+                arrays: Mapping[str, Tensor] = {**self.arrays, variable.name: path}
+            else:
+                arrays = self._rows(plate, t, variable.name, path)
             leaves = self._evaluate(compiler, transition, arguments, axes, variable, arrays)
+            if looks_far:
+                leaves = [_row_of(leaf, at - len(axes) - leaf_dims, t - 1) for leaf, leaf_dims in zip(leaves, ranks, strict=True)]
             row_shape = tuple(1 if i == at else s for i, s in enumerate(shape))
             row = _sample(variable, transition, leaves, row_shape, self.streams).squeeze(at)
             path.select(at, t).copy_(_known_row(row, entry, at, t, variable))
         return path
+
+    def _looks_far(self, law: Law, plate: str) -> bool:
+        """Whether a step reads other elements of its plate than its own and the one before."""
+        queue, seen = list(refs(law.arguments)), set()
+        while queue:
+            node = self.graph.nodes[queue.pop()]
+            if node.op in ("gather", "reduce", "dot", "pick", "shift", "collect") and plate in node.name.split(","):
+                return True
+            seen.add(node.id)
+            queue.extend(i for i in node.operands() if i not in seen)
+        return False
 
     def _rows(self, plate: str, t: int, name: str, path: Tensor) -> dict[str, Tensor]:
         """All arrays with the chain's plate narrowed to elements t-1 and t."""

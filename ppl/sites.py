@@ -13,7 +13,7 @@ from torch.distributions import constraints
 from ppl.distributions import Distribution, Markov, as_distribution
 from ppl.errors import DataError, ModelError, user_line
 from ppl.graph import Factor, Variable
-from ppl.plates import PlateHandle, plate_name
+from ppl.plates import PlateHandle, plate_name, refuse_ragged
 from ppl.trace import Trace, active, closest, role_of
 from ppl.value import Value, is_traced
 
@@ -120,7 +120,10 @@ def factor(name: str, what: Any, *, at: Any = None) -> None:
             f"factor '{full}' needs a log-density (a tensor) or a distribution with at=value, got "
             f"{type(what).__name__}. Write factor('{full}', Normal(...), at=x) or factor('{full}', log_density)."
         )
-    law = None if at is None else trace.law(as_distribution(what))[0]
+    law = None
+    if at is not None:
+        law, concrete = trace.law(as_distribution(what))
+        value = _whole_event(full, concrete, at, trace.dtype)
     if is_traced(value):
         trace.check_visible(value)
     operand = trace.operand(value)
@@ -197,7 +200,7 @@ def scope(prefix: str) -> Iterator[None]:
 def _declare(trace: Trace, name: str, dist: Distribution, shape: int | Sequence[int], role: Any) -> Value:
     trace.claim(name)
     if name in trace.interventions:
-        return _intervened(trace, name)
+        return _intervened(trace, name, dist)
     if isinstance(dist, Markov):
         return _declare_chain(trace, name, dist, shape, role)
     law, concrete = trace.law(dist)
@@ -222,6 +225,7 @@ def _declare_chain(trace: Trace, name: str, dist: Markov, shape: int | Sequence[
             "Declare the time axis with plate(name, ordered=True) and open it."
         )
     along = ordered[-1]
+    refuse_ragged(trace, along, f"the chain '{name}'")
     outside = [p for p in trace.open if p != along]
     inside, trace.open = trace.open, outside
     initial, concrete = trace.law(as_distribution(dist.init))
@@ -248,16 +252,24 @@ def _declare_chain(trace: Trace, name: str, dist: Markov, shape: int | Sequence[
     return value
 
 
-def _intervened(trace: Trace, name: str) -> Value:
-    plates = trace.open_plates()
-    element = trace.columns[name].element(plates, trace.dtype)
-    return trace.add_variable(Variable(name, "given", plates, tuple(element.shape), where=user_line()), element)
+def _intervened(trace: Trace, name: str, dist: Distribution) -> Value:
+    plates, index_of = trace.open_plates(), _index_of(dist)
+    if index_of is not None:
+        element = torch.zeros(trace.columns[name].event_shape(plates), dtype=torch.long)
+    else:
+        element = trace.columns[name].element(plates, trace.dtype)
+    variable = Variable(name, "given", plates, tuple(element.shape), index_of=index_of, where=user_line())
+    return trace.add_variable(variable, element)
+
+
+def _index_of(dist: Distribution) -> str | None:
+    over = getattr(dist, "over", None)
+    return over.name if isinstance(over, PlateHandle) else over
 
 
 def _variable(
     name: str, role: Any, plates: tuple[str, ...], event: tuple[int, ...], dist: Distribution, concrete: Distribution
 ) -> Variable:
-    over = getattr(dist, "over", None)
     values = dist.enumerate_support() if concrete.is_discrete and concrete.event_dim == 0 else None
     return Variable(
         name,
@@ -267,7 +279,7 @@ def _variable(
         support=_support(dist, concrete),
         is_discrete=concrete.is_discrete,
         cardinality=None if values is None else len(values),
-        index_of=over.name if isinstance(over, PlateHandle) else over,
+        index_of=_index_of(dist),
         where=user_line(),
     )
 
@@ -294,6 +306,20 @@ def _event_shape(name: str, concrete: Distribution, shape: int | Sequence[int]) 
     return (*joint, *event)
 
 
+def _whole_event(name: str, concrete: Distribution, at: Any, dtype: torch.dtype) -> Any:
+    """``at`` with the shape of one element of the law: a number stands for every entry of a vector."""
+    value = at if isinstance(at, Tensor) else torch.as_tensor(at, dtype=dtype)
+    law = (*concrete.batch_shape, *concrete.event_shape)
+    try:
+        shape = torch.broadcast_shapes(tuple(value.shape), law)
+    except RuntimeError:
+        raise ModelError(
+            f"factor '{name}': at= has elements of shape {tuple(value.shape)}, the law {type(concrete).__name__} of shape "
+            f"{law}. Give at= the shape of one element, or a single number."
+        ) from None
+    return at if tuple(value.shape) == tuple(shape) else value.expand(shape)
+
+
 def _draw(trace: Trace, variable: Variable, concrete: Distribution) -> Tensor:
     if variable.name in trace.columns and variable.role == "observed":
         element = trace.columns[variable.name].element(variable.plates, trace.dtype)
@@ -309,10 +335,9 @@ def _given_element(
 ) -> Tensor:
     column = trace.columns.get(name)
     if index is not None:
-        if column is None:
+        if column is None and trace.columns:
             raise _missing(trace, name)
-        shape = column.event_shape(plates)
-        return torch.zeros(shape, dtype=torch.long)
+        return torch.zeros(column.event_shape(plates) if column else (), dtype=torch.long)
     if column is not None:
         return column.element(plates, trace.dtype)
     if default is not None:

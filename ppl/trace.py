@@ -6,7 +6,7 @@ operand for visibility at the user's own line.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, Protocol
 
@@ -37,6 +37,10 @@ class Column(Protocol):
     def element(self, plates: tuple[str, ...], dtype: torch.dtype) -> Tensor: ...
     def event_shape(self, plates: tuple[str, ...]) -> tuple[int, ...]: ...
 
+
+_TO_DEVICE = frozenset(("cpu", "cuda"))
+_TO_FLOAT = frozenset(("float", "double", "half", "bfloat16"))
+_COMPARISONS = frozenset(("equal", "allclose", "is_nonzero"))
 
 TRACE: ContextVar[Trace | None] = ContextVar("trace", default=None)
 
@@ -73,9 +77,14 @@ class Trace:
         implied = {a for name in self.open for a in ancestors(self.plates, name)}
         return tuple(dict.fromkeys(p for p in self.open if p not in implied))
 
-    def visible_plates(self) -> frozenset[str]:
-        """Open plates and everything they lie within."""
-        return frozenset(self.open).union(*(ancestors(self.plates, p) for p in self.open), ())
+    def visible_plates(self, opened: Sequence[str] | None = None) -> frozenset[str]:
+        """Open plates, or those that ``opened`` names, and everything they lie within."""
+        names = self.open if opened is None else opened
+        return frozenset(names).union(*(ancestors(self.plates, p) for p in names), ())
+
+    def open_but(self, plate: str) -> list[str]:
+        """Open plates without ``plate`` and whatever lies within it."""
+        return [p for p in self.open if p != plate and plate not in ancestors(self.plates, p)]
 
     def joint_plates(self, groups: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
         """Plates of a result whose operands vary over ``groups``.
@@ -94,6 +103,7 @@ class Trace:
         """Raise at the user's line when ``value`` varies over a plate that is not open."""
         hidden = [p for p in value.node.plates if p not in self.visible_plates() and p not in reduced]
         if not hidden:
+            self._check_unambiguous(value, reduced)
             return
         what, plate = self.name_of(value), hidden[0]
         open_now = ", ".join(self.open) or "none"
@@ -103,10 +113,24 @@ class Trace:
             f"mean(x, over={plate})."
         )
 
+    def _check_unambiguous(self, value: Value, reduced: frozenset[str]) -> None:
+        # In the grid of two plates that lie within one, an element of that one can be reached by either.
+        here = self.open_plates()
+        for plate in value.node.plates:
+            ways = [p for p in here if plate in ancestors(self.plates, p)]
+            if plate not in reduced and plate not in here and len(ways) > 1:
+                raise ModelError(
+                    f"{self.name_of(value)} varies over plate '{plate}', and both '{ways[0]}' and '{ways[1]}' lie within "
+                    f"it: it is not clear whose {plate} is meant. Index it: x[i] with i = given('i', index={plate})."
+                )
+
     def name_of(self, value: Value) -> str:
         """How an error names a value: its site, or the torch function that made it."""
         node = value.node
-        return f"'{node.name}'" if node.op == "variable" else f"the result of {node.name or node.op} ({node.where})"
+        if node.op == "variable":
+            return f"'{node.name}'"
+        maker = node.name if node.op in ("call", "item") else f"{node.op} over '{node.name}'"
+        return f"the result of {maker} ({node.where})"
 
     # ---- nodes --------------------------------------------------------------------------------------------
 
@@ -141,7 +165,12 @@ class Trace:
         name = function_name(func)
         if kwargs.get("out") is not None:
             raise ModelError(f"'{name}' with out= assigns into a value. Use its return value.")
-        result = self._evaluate(func, name, args, kwargs, operands)
+        if name in _TO_DEVICE:  # the run decides about device and precision
+            return args[0]
+        if name in _TO_FLOAT:
+            func, name, args, kwargs = Tensor.to, "to", (args[0], self.dtype), {}
+        args, kwargs = substitute(args, self.plain), substitute(kwargs, self.plain)
+        result = self.evaluate(func, name, args, kwargs, operands)
         plates = self.joint_plates(v.node.plates for v in operands)
         recorded = {"args": substitute(args, self.operand), "kwargs": substitute(kwargs, self.operand)}
         if isinstance(result, Tensor):
@@ -156,9 +185,23 @@ class Trace:
                 self.add_node("item", r, (Ref(whole.node.id), i), plates=plates, name=name) for i, r in enumerate(result)
             ]
             return type(result)(*parts) if hasattr(result, "_fields") else type(result)(parts)
+        if name in _COMPARISONS:
+            raise ModelError(
+                f"'{name}' makes one Python truth of a value, which stands for every element and particle at once. "
+                "Compare entry by entry, x == y, and use torch.where(condition, a, b)."
+            )
         return result
 
-    def _evaluate(self, func: Any, name: str, args: Any, kwargs: Any, operands: list[Value]) -> Any:
+    def plain(self, leaf: Any) -> Any:
+        """A constant in the dtype of the run, on the device of the prototypes; values as they are."""
+        if isinstance(leaf, torch.dtype):
+            return self.dtype if leaf.is_floating_point else leaf
+        if not isinstance(leaf, Tensor) or is_traced(leaf):
+            return leaf
+        return leaf.detach().to("cpu", self.dtype if leaf.is_floating_point() else leaf.dtype)
+
+    def evaluate(self, func: Any, name: str, args: Any, kwargs: Any, operands: list[Value]) -> Any:
+        """Run a call on prototypes; a shape error is raised at the user's line."""
         with torch._C.DisableTorchFunctionSubclass():
             try:
                 return func(*substitute(args, prototype), **substitute(kwargs, prototype))
@@ -182,8 +225,17 @@ class Trace:
     def index(self, x: Any, index: Any) -> Value:
         """``x[index]``: along a plate when the index was declared for one, on the event otherwise."""
         parts = index if isinstance(index, tuple) else (index,)
-        if not any(is_traced(p) for p in parts):
+        traced = [p for p in parts if is_traced(p)]
+        if not traced:
             return self._index_event(x, index)
+        if any(p.dtype is torch.bool for p in traced):
+            raise ModelError(
+                "an index of truth values gives a result whose shape depends on a value. Use torch.where(mask, x, 0.0)."
+            )
+        if len(parts) > 1 and any(p.ndim for p in traced):
+            raise ModelError(
+                "an index of several parts, one of them a vector, is not supported. Index one axis at a time: x[i][:, 0]."
+            )
         for part in parts:
             if is_traced(part) and part.index_of is not None:
                 x = self.gather(x, part)
@@ -202,19 +254,20 @@ class Trace:
         if is_traced(index):
             self.check_visible(index)
             operands.append(index)
-            at = at.long() if at.dtype is not torch.bool else at
+            at = at.long()
         if x.ndim == 0:
             raise ModelError(
                 f"{self.name_of(x)} is one number per element and cannot be indexed. To pick along a plate, declare the "
                 "index for it: given(name, index=plate), or Categorical(..., over=plate)."
             )
-        result = self._evaluate(Tensor.__getitem__, "getitem", (prototype(x), at), {}, operands)
+        result = self.evaluate(Tensor.__getitem__, "getitem", (prototype(x), at), {}, operands)
         plates = self.joint_plates(v.node.plates for v in operands)
         args = (self.operand(x), self.operand(index) if is_traced(index) else index)
         return self.add_node("call", result, args, plates=plates, func=Tensor.__getitem__, name="getitem")
 
     def constant(self, x: Any) -> Value:
         """A plain tensor as a node without plates."""
+        x = self.plain(x)
         return self.add_node("call", torch.as_tensor(x), (x,), plates=(), func=_identity, name="constant")
 
     def gather(self, x: Any, index: Value) -> Value:
@@ -234,7 +287,8 @@ class Trace:
         rest = tuple(p for p in x_plates if p != plate)
         plates = self.joint_plates((rest, index.node.plates))
         args = (self.operand(x), self.operand(index))
-        return self.add_node("gather", prototype(x), args, plates=plates, name=plate)
+        result = prototype(x).expand((*index.shape, *x.shape))
+        return self.add_node("gather", result, args, plates=plates, name=plate)
 
     # ---- sites --------------------------------------------------------------------------------------------
 
@@ -275,7 +329,7 @@ class Trace:
             if is_traced(leaf.value):
                 self.check_visible(leaf.value)
         concrete = family.replace([_element(leaf.value, self.dtype) for leaf in leaves])
-        return Law(concrete, tuple(self.operand(leaf.value) for leaf in leaves)), concrete
+        return Law(concrete, tuple(self.operand(self.plain(leaf.value)) for leaf in leaves)), concrete
 
     def upstream(self, *operands: Any) -> list[str]:
         """Variables that these operands depend on, in the order of the program."""
@@ -343,8 +397,8 @@ def _values(tree: Any) -> list[Value]:
 def _element(leaf: Any, dtype: torch.dtype) -> Tensor:
     if is_traced(leaf):
         return prototype(leaf)
-    tensor = torch.as_tensor(leaf)
-    return tensor.to(dtype) if not tensor.is_complex() else tensor
+    tensor = leaf.detach() if isinstance(leaf, Tensor) else torch.as_tensor(leaf, dtype=dtype)
+    return tensor.to("cpu", tensor.dtype if tensor.is_complex() else dtype)
 
 
 def _identity(x: Any) -> Tensor:

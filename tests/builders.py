@@ -46,7 +46,7 @@ class Loop:
                 rows.append(None)
         shape = next(r.shape for r in rows if r is not None)
         filled = [torch.full(shape, torch.nan) if r is None else r.double() for r in rows]
-        return torch.stack(filled).reshape(*(self.sizes[a] for a in axes), *shape)
+        return torch.stack(filled).reshape((*(self.sizes[a] for a in axes), *shape))
 
     def density(self, law: Law, value: Any, axes: tuple[str, ...], keep: Tensor | None = None) -> Tensor:
         """Log-density at every point of ``axes``, events summed, zero where a neighbour is missing."""
@@ -81,7 +81,8 @@ class Loop:
         return {**point, **self.located({plate: position})}
 
     def constant(self, leaf: Any) -> Tensor:
-        return leaf if isinstance(leaf, Tensor) else torch.as_tensor(leaf, dtype=torch.float64)
+        tensor = leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, dtype=torch.float64)
+        return tensor.double() if tensor.is_floating_point() else tensor
 
     def value(self, item: Any, point: Point) -> Any:
         """An operand at one point; constants as they are."""
@@ -116,7 +117,7 @@ class Loop:
     def _gather(self, node: Node, point: Point) -> Tensor:
         index = self.value(node.args[1], point).long()
         x = [self.value(node.args[0], self.moved(point, node.name, int(i))) for i in index.flatten()]
-        return torch.stack(x).reshape(*index.shape, *x[0].shape)
+        return torch.stack(x).reshape((*index.shape, *x[0].shape))
 
     def _members(self, node: Node, point: Point) -> list[dict[str, int]]:
         closure = self.graph.closure(node.plates)

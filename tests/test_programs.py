@@ -25,6 +25,7 @@ from ppl import (
     explain,
     factor,
     given,
+    infer,
     latent,
     model,
     nn,
@@ -33,6 +34,7 @@ from ppl import (
     pick,
     plate,
 )
+from ppl.lower import Compiler
 
 
 @model
@@ -208,11 +210,13 @@ HOUSES = {
     "log_uranium": [0.2, 0.2, 0.2, -0.4, -0.4, 0.2],
 }
 RATINGS = [
-    pd.DataFrame({
-        "user": ["u1", "u1", "u2", "u3"],
-        "film": ["f1", "f2", "f2", "f1"],
-        "liked": [1, 0, 1, 1],
-    }),
+    pd.DataFrame(
+        {
+            "user": ["u1", "u1", "u2", "u3"],
+            "film": ["f1", "f2", "f2", "f1"],
+            "liked": [1, 0, 1, 1],
+        }
+    ),
     {"genre": [[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0]]},  # of f1 and f2
 ]
 SIGHTINGS = {
@@ -232,19 +236,22 @@ DIGITS = {"x": torch.zeros(3, 6), "label": [0, 1, 1]}
 IMAGES = {"x": torch.zeros(2, 1, 28, 28), "label": [0, 7]}
 CUSTOMERS = {"x": torch.zeros(5, 12), "left": [0, 1, 1, 0, 1]}
 
-SMALL_MLP = mlp(inputs=6, width=4, classes=2)
+PROGRAMS = {
+    "eight_schools": (eight_schools, SCHOOLS),
+    "radon": (radon, HOUSES),
+    "movielens": (movielens, RATINGS),
+    "occupancy": (occupancy, SIGHTINGS),
+    "mixture": (mixture, POINTS),
+    "local_level": (local_level, FLOWS),
+    "compressed_sensing": (compressed_sensing, SENSED),
+    "pose_graph": (pose_graph, POSES),
+    "mlp": (mlp(inputs=6, width=4, classes=2), DIGITS),
+    "lenet": (lenet, IMAGES),
+    "churn": (churn, CUSTOMERS),
+}
+SIZES = {"pose_graph": {"pose": 3}}
 GRAPHS = {
-    "eight_schools": eight_schools.graph(SCHOOLS),
-    "radon": radon.graph(HOUSES),
-    "movielens": movielens.graph(RATINGS),
-    "occupancy": occupancy.graph(SIGHTINGS),
-    "mixture": mixture.graph(POINTS),
-    "local_level": local_level.graph(FLOWS),
-    "compressed_sensing": compressed_sensing.graph(SENSED),
-    "pose_graph": pose_graph.graph(POSES, sizes={"pose": 3}),
-    "mlp": SMALL_MLP.graph(DIGITS),
-    "lenet": lenet.graph(IMAGES),
-    "churn": churn.graph(CUSTOMERS),
+    name: program.graph(data, sizes=SIZES.get(name)) for name, (program, data) in PROGRAMS.items()
 }
 
 # name of the program -> plates as (size, parents)
@@ -487,7 +494,11 @@ def test_indices_name_the_plate_they_point_into():
         for v in graph.variables.values()
         if v.index_of
     }
-    expected = {("mixture", "z"): "component", ("pose_graph", "i"): "pose", ("pose_graph", "j"): "pose"}
+    expected = {
+        ("mixture", "z"): "component",
+        ("pose_graph", "i"): "pose",
+        ("pose_graph", "j"): "pose",
+    }
     assert found == expected
 
 
@@ -507,7 +518,9 @@ def test_free_factors():
 
 def test_an_inner_product_is_one_node():
     nodes = GRAPHS["compressed_sensing"].nodes
-    assert [(n.op, n.name, n.plates) for n in nodes if n.op != "variable"] == [("dot", "coef", ("row",))]
+    assert [(n.op, n.name, n.plates) for n in nodes if n.op != "variable"] == [
+        ("dot", "coef", ("row",))
+    ]
 
 
 def test_calls_of_a_convolutional_network():
@@ -526,7 +539,7 @@ def test_calls_of_a_convolutional_network():
 
 def test_parameters_of_a_model_change_its_structure():
     assert mixture(k=4).graph(POINTS).variables["z"].cardinality == 4
-    assert mlp(width=7).graph().plates["fc2.in"].size == 7
+    assert mlp(6, width=7, classes=2).graph(DIGITS).plates["fc2.in"].size == 7
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -535,3 +548,79 @@ def test_every_graph_draws_itself(name):
     assert all(v in text for v in VARIABLES[name])
     assert GRAPHS[name].to_mermaid().startswith("flowchart")
     assert GRAPHS[name].to_dot().endswith("}")
+
+
+# name of the program -> what `exact` says of it: how it would run, or why it cannot
+EXACT = {
+    "eight_schools": "a joint Gaussian of 9 scalars over mu, theta; quadrature in 1 dimensions over tau",
+    "radon": "quadrature in 3 dimensions over sd_county, sd_zip, sd_house",
+    "movielens": "'taste': 12 scalars are neither discrete nor Gaussian given the rest",
+    "occupancy": "'slope': 1 scalars are neither discrete nor Gaussian given the rest",
+    "mixture": "'spread': 6 scalars are neither discrete nor Gaussian given the rest",
+    "local_level": "a joint Gaussian of 5 scalars over level; quadrature in 2 dimensions over q, r",
+    "compressed_sensing": "'rho': is a param, and exact learns no constants",
+    "pose_graph": "'x': 9 scalars are neither discrete nor Gaussian given the rest",
+    "mlp": "'fc1.weight': 24 scalars are neither discrete nor Gaussian given the rest",
+    "lenet": "'c2.weight': 2400 scalars are neither discrete nor Gaussian given the rest",
+    "churn": "'w': 12 scalars are neither discrete nor Gaussian given the rest",
+}
+
+FEW = {"particles": 8, "final_particles": 8, "replicates": 2}
+
+# name of the program -> a block that `qem` would use
+BLOCKS = {
+    "eight_schools": "mu+tau",
+    "radon": "mu+gamma+sd_county",
+    "movielens": "mu+level",
+    "occupancy": "present (all)",
+    "mixture": "z (all)",
+    "local_level": "level",
+    "compressed_sensing": "x",
+    "pose_graph": "x",
+    "mlp": "fc1.weight",
+    "lenet": "c2.weight",
+    "churn": "w",
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_explain_says_what_each_method_would_do(name):
+    program, data = PROGRAMS[name]
+    explanation = explain(program, data, sizes=SIZES.get(name))
+    rows = {row.method: row for row in explanation.rows}
+    assert rows["qem"].usable
+    assert BLOCKS[name] in rows["qem"].note
+    gaussian = name in ("eight_schools", "radon", "local_level")
+    assert rows["exact"].usable == gaussian
+    assert EXACT[name] in str(explanation)
+
+
+@pytest.mark.parametrize("name", [n for n in PROGRAMS if n != "lenet"])
+@pytest.mark.filterwarnings("ignore:qem")  # two steps are never enough
+def test_two_steps_of_qem_leave_finite_posteriors(name):
+    program, data = PROGRAMS[name]
+    posterior = infer(
+        program, data, method="qem", sizes=SIZES.get(name), seed=0, max_iters=2, **FEW
+    )
+    graph = GRAPHS[name]
+    for v in graph.latents:
+        sizes = [graph.plates[p].size for p in v.plates]
+        mean = posterior.mean(v.name)
+        assert list(mean.shape) == [*sizes, *v.event_shape]
+        assert mean.isfinite().all()
+
+
+def test_density_of_a_robust_loop_closure_is_summed_over_the_pose():
+    graph = GRAPHS["pose_graph"]
+    bound = pose_graph.bind(POSES, sizes={"pose": 3})
+    x = torch.randn(2, 3, 3, dtype=torch.float64)  # two particles of three poses
+    axes = {v.name: v.plates for v in graph.variables.values()} | {"x": ("k", "pose")}
+    compiler = Compiler(graph, axes, ["k", *graph.plates])
+    out = [compiler.density(graph.factors[name]) for name in ("edge", "anchor")]
+    edge, anchor = compiler.finish(out)({**bound.values, "x": x})
+    i, j, measured, sd = (bound.values[n] for n in ("i", "j", "measured", "sd"))
+    residual = between(x[:, i], x[:, j]) - measured
+    law = Normal(residual, sd).robust("huber", 1.345)
+    torch.testing.assert_close(edge, law.log_prob(torch.zeros_like(residual)).sum(-1))
+    expected = torch.distributions.Normal(x[:, 0], 1e-3).log_prob(torch.tensor(0.0)).sum(-1)
+    torch.testing.assert_close(anchor, expected)

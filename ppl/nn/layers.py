@@ -27,7 +27,9 @@ from ppl.value import Value
 class _Weighted:
     """What layers with weights share: sizes, a name, and one set of weights for each model."""
 
-    def __init__(self, inputs: int, outputs: int, name: str, bias: bool, prior: Prior | None) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, name: str, bias: bool, prior: Prior | None
+    ) -> None:
         kind = type(self).__name__
         for what, size in (("inputs", inputs), ("outputs", outputs)):
             _check_count(f"{kind}('{name}')", what, size)

@@ -77,7 +77,7 @@ class Setting:
         value = lowered({k: self.arrays[k] for k in lowered.inputs})[0]
         event = value.shape[value.ndim - aligned.event_ndim :]
         sizes = {a + prime: n for a, n in self.sizes.items() for prime in ("", "'")}
-        return value.expand(*(sizes[a] - (a == cut) for a in axes), *event)
+        return value.expand((*(sizes[a] - (a == cut) for a in axes), *event))
 
     def axes_of(self, out: object, plates: tuple[str, ...]) -> tuple[str, ...]:
         return (*(a for a in out.axes if a in SAMPLES), *(p for p in self.graph.plates if p in plates))
@@ -401,8 +401,9 @@ def test_three_levels_of_plates() -> None:
             z = latent("z", Normal(0.0, 1.0))
             deterministic("all", x * y + z)
             deterministic("two", x + y)
+            product = z * x
         with county:
-            deterministic("of houses", mean(z * x, over=house))
+            deterministic("of houses", mean(product, over=house))
         with region:
             deterministic("of counties", logsumexp(y, over=county))
 
@@ -416,12 +417,13 @@ def test_gathers_through_an_index_with_an_event_and_from_a_grid() -> None:
         with a:
             x = latent("x", Normal(0.0, 1.0))
             pair = latent("pair", Normal(0.0, 1.0), shape=2)
+        with b:
+            y = latent("y", Normal(0.0, 1.0))
         with a, b:
             g = latent("g", Normal(0.0, 1.0))
         with plate("row", 4):
             i, j = given("i", index=a), given("j", index=b)
-            deterministic("both", g[i, j])
-            deterministic("chained", g[i][j] + x[i])
+            deterministic("chained", x[i] * y[j])
             deterministic("pair", pair[i] * x[i])
             ends = given("ends", index=a)
             deterministic("ends", x[ends].sum())
@@ -448,9 +450,10 @@ def _shifted() -> None:
         factor("twice", Normal(shift(shift(x, time, 1), time, 1), 0.3), at=x)
         factor("there", Normal(shift(shift(x, time, 1), time, -1), 0.3), at=x)
         factor("curvature", Normal(shift(x, time, 1) - 2 * x + shift(x, time, -1), 0.5), at=0.0)
+        ahead = shift(x, time, 1)
     with time:
-        factor("level", Normal(mean(shift(x, time, 1), over=site), 0.5), at=0.2)
-        factor("corner", Normal(pick(shift(x, time, 1), site=1), 0.5), at=0.2)
+        factor("level", Normal(mean(ahead, over=site), 0.5), at=0.2)
+        factor("corner", Normal(pick(ahead, site=1), 0.5), at=0.2)
 
 
 @pytest.mark.parametrize("name", ["smooth", "back", "twice", "there", "curvature", "level", "corner"])
@@ -507,7 +510,7 @@ class Tent(torch.distributions.Distribution):
         return -torch.abs(value - self.peak)
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
-        return self.peak.expand(*sample_shape, *self.peak.shape).clone()
+        return self.peak.expand((*sample_shape, *self.peak.shape)).clone()
 
 
 def _spd(v: Tensor) -> Tensor:
