@@ -141,7 +141,10 @@ def _linear(c: Compiler, node: Node) -> Operand | None:
     product = _einsum(c, node, (x, weight), f"{rows}i,oi->{rows}o")
     if given.get("bias") is None:
         return product
-    return _apply(c, torch.add, (product, c.operand(given["bias"])), node)
+    bias, event = c.operand(given["bias"]), x.event_ndim  # the bias stands along the last event axis
+    axes = c.joint_axes((product, bias), node.plates)
+    slot = c.emit(torch.add, c.place(product, axes), c.place(bias, axes, event))
+    return Operand(slot, axes, event)
 
 
 def _einsum(c: Compiler, node: Node, parts: Sequence[Operand], equation: str) -> Operand:

@@ -95,12 +95,25 @@ def plate(
     known = trace.plates.get(name)
     if known is None:
         trace.plates[name] = made
-    elif (size is not None and known.size != size) or (names and known.parents != names):
+    elif _differs(known, made):
         raise ModelError(
-            f"plate '{name}' is declared twice: size {known.size} within {known.parents or 'nothing'} at {known.where}, "
-            f"now size {size} within {names or 'nothing'}. Keep the handle of the first one and open that."
+            f"plate '{name}' is declared twice: {_declaration(known)} at {known.where}, now {_declaration(made)}. Keep the "
+            "handle of the first one and open that."
         )
     return PlateHandle(name, trace)
+
+
+def _differs(known: Plate, again: Plate) -> bool:
+    """Whether a second declaration says something else; what it leaves out is as in the first."""
+    parents = again.parents and (known.parents, known.columns) != (again.parents, again.columns)
+    size = again.size is not None and known.size != again.size
+    return bool(parents or size or (again.ordered and not known.ordered))
+
+
+def _declaration(p: Plate) -> str:
+    by = f" by {', '.join(p.columns)}" if p.columns != p.parents else ""
+    within = f" within {', '.join(p.parents)}{by}" if p.parents else ""
+    return f"{'ordered, ' if p.ordered else ''}size {p.size}{within}"
 
 
 def plate_name(trace: Trace, handle: PlateHandle | str | None) -> str | None:

@@ -34,7 +34,7 @@ class Evidence(NamedTuple):
     def __str__(self) -> str:
         if not self.se > 0:  # exact, or one replicate only
             return f"{self.value:.2f} ({self.kind})"
-        decimals = min(max(1 - math.floor(math.log10(self.se)), 0), 6)
+        decimals = min(max(-math.floor(math.log10(self.se)), 0), 6)
         return f"{self.value:.{decimals}f} ± {self.se:.{decimals}f} ({self.kind})"
 
 

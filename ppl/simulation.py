@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ppl.binding import Bound
+from ppl.densities import is_foreign
 from ppl.distributions import Distribution
 from ppl.errors import UnsupportedError
 from ppl.graph import Factor, Law, Variable, refs
 from ppl.lower import Compiler, Operand, map_name
+from ppl.lowered import joint_edges
 from ppl.streams import Streams, isolated
 
 DRAW = "draw"
@@ -107,8 +109,10 @@ class _Simulation:
     def _law(self, variable: Variable, law: Law, entry: Known | None) -> Tensor:
         shape = (self.n, *self.bound.shape(variable))
         compiler = self._compiler()
-        leaves = self._evaluate(compiler, law, compiler.arguments(law), (DRAW, *variable.plates), variable, self.arrays)
-        return _mixed(_sample(variable, law, leaves, shape, self.streams), entry, variable)
+        arguments = compiler.arguments(law)
+        leaves = self._evaluate(compiler, law, arguments, (DRAW, *variable.plates), variable, self.arrays)
+        draw = _without_edges(_sample(variable, law, leaves, shape, self.streams), variable, arguments)
+        return _mixed(draw, entry, variable)
 
     def _chain(self, factor: Factor, variable: Variable, entry: Known | None) -> Tensor:
         assert factor.chain is not None and factor.law is not None
@@ -128,15 +132,15 @@ class _Simulation:
         compiler = self._compiler()
         arguments = compiler.later_arguments(transition, plate)
         looks_far = self._looks_far(transition, plate)
+        row_shape = tuple(1 if i == at else s for i, s in enumerate(shape))
         for t in range(1, shape[at]):
-            if looks_far:  # the whole path so far, and of the result the row of this element
-                arrays: Mapping[str, Tensor] = {**self.arrays, variable.name: path}
-            else:
-                arrays = self._rows(plate, t, variable.name, path)
+            # A step that looks past its neighbour needs every array whole; of its result one row is used.
+            whole = {**self.arrays, variable.name: path}
+            arrays = whole if looks_far else self._rows(plate, t, whole)
             leaves = self._evaluate(compiler, transition, arguments, axes, variable, arrays)
             if looks_far:
-                leaves = [_row_of(leaf, at - len(axes) - leaf_dims, t - 1) for leaf, leaf_dims in zip(leaves, ranks, strict=True)]
-            row_shape = tuple(1 if i == at else s for i, s in enumerate(shape))
+                back = [len(axes) - at + rank for rank in _ranks(variable, transition, arguments)]
+                leaves = [_row(leaf, b, t - 1) for leaf, b in zip(leaves, back, strict=True)]
             row = _sample(variable, transition, leaves, row_shape, self.streams).squeeze(at)
             path.select(at, t).copy_(_known_row(row, entry, at, t, variable))
         return path
@@ -152,10 +156,10 @@ class _Simulation:
             queue.extend(i for i in node.operands() if i not in seen)
         return False
 
-    def _rows(self, plate: str, t: int, name: str, path: Tensor) -> dict[str, Tensor]:
+    def _rows(self, plate: str, t: int, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All arrays with the chain's plate narrowed to elements t-1 and t."""
         arrays = {}
-        for key, array in (*self.arrays.items(), (name, path)):
+        for key, array in whole.items():
             axes = self.axes.get(key, ())
             if plate in axes:
                 array = array.narrow(axes.index(plate), t - 1, 2)
@@ -185,13 +189,14 @@ class _Simulation:
         variable: Variable,
         arrays: Mapping[str, Tensor],
     ) -> list[Tensor]:
-        batch = len(variable.event_shape) - law.family.event_dim
-        outputs = []
-        for leaf, a in zip(law.family.leaves(), arguments, strict=True):
-            rank = max(batch + leaf.event_dim, a.event_ndim)
-            outputs.append(compiler.align(a, axes, rank))
+        ranks = _ranks(variable, law, arguments)
+        outputs = [compiler.align(a, axes, rank) for a, rank in zip(arguments, ranks, strict=True)]
         lowered = compiler.finish(outputs)
-        return lowered({k: arrays[k] for k in lowered.inputs})
+        leaves = lowered({k: arrays[k] for k in lowered.inputs})
+        if not is_foreign(law.family):
+            return leaves
+        full = [len(axes) + rank for rank in ranks]  # every axis in its place: elements are drawn one by one
+        return [x[(None,) * (n - x.ndim)] for x, n in zip(leaves, full, strict=True)]
 
 
 def _sample(
@@ -205,21 +210,55 @@ def _sample(
         )
     batch = shape[: len(shape) - family.event_dim]
     generator = streams.of(variable.name)
-    if getattr(family, "needs_vmap", False):
-        return _sample_each(family, leaves, batch, shape, len(variable.event_shape) - family.event_dim)
-    return family.replace(leaves).sample(batch, generator=generator).to(leaves[0].dtype if leaves else None).reshape(shape)
+    if is_foreign(family):
+        own = len(variable.event_shape) - family.event_dim
+        draw = _sample_each(family, leaves, batch, len(batch) - own, generator)
+    else:
+        draw = family.replace(leaves).sample(batch, generator=generator)
+    return draw.to(leaves[0].dtype if leaves else torch.float64).reshape(shape)
 
 
 def _sample_each(
-    family: Any, leaves: Sequence[Tensor], batch: tuple[int, ...], shape: tuple[int, ...], own: int
+    family: Distribution, leaves: Sequence[Tensor], batch: tuple[int, ...], n: int, generator: torch.Generator
 ) -> Tensor:
     # A foreign distribution knows only the shape of one element; it is drawn from element by element.
-    lead = batch[: len(batch) - own]
-    flat = [leaf.expand((*lead, *leaf.shape[len(lead) :])) if leaf.ndim >= len(lead) else leaf for leaf in leaves]
-    rows = [f.reshape(-1, *f.shape[len(lead) :]) for f in flat]
-    number = rows[0].shape[0] if rows else int(torch.Size(lead).numel())
-    draws = [family.replace([r[i] for r in rows]).sample() for i in range(number)]
-    return torch.stack(draws).reshape(shape)
+    lead, own = batch[:n], batch[n:]
+    rows = [x.expand((*lead, *x.shape[n:])).reshape((-1, *x.shape[n:])) for x in leaves]
+    draws = []
+    for i in range(torch.Size(lead).numel()):
+        draws.append(family.replace([r[i] for r in rows]).sample(own, generator=generator))
+    return torch.stack(draws)
+
+
+def _ranks(variable: Variable, law: Law, arguments: Sequence[Operand]) -> list[int]:
+    """Number of event axes that each parameter is padded to."""
+    if is_foreign(law.family):
+        return [a.event_ndim for a in arguments]
+    batch = len(variable.event_shape) - law.family.event_dim
+    leaves = law.family.leaves()
+    return [max(batch + x.event_dim, a.event_ndim) for x, a in zip(leaves, arguments, strict=True)]
+
+
+def _row(leaf: Tensor, back: int, t: int) -> Tensor:
+    """Row ``t`` of the axis that is ``back`` from the end, when the leaf has it."""
+    if leaf.ndim < back or leaf.shape[-back] == 1:
+        return leaf
+    return leaf.narrow(-back, t, 1)
+
+
+def _without_edges(draw: Tensor, variable: Variable, arguments: Sequence[Operand]) -> Tensor:
+    """NaN where a neighbour is missing: the model says nothing of those elements."""
+    for plate, start, end in joint_edges(arguments):
+        if variable.role == "latent" or plate not in variable.plates:
+            raise UnsupportedError(
+                f"'{variable.name}' has no law where its neighbour along plate '{plate}' is missing, so it cannot be drawn. "
+                f"Use Markov for a chain, or state the law of the edge."
+            )
+        at = 1 + variable.plates.index(plate)
+        place = torch.arange(draw.shape[at], device=draw.device)
+        inside = (place >= start) & (place < draw.shape[at] - end)
+        draw = torch.where(inside.reshape(-1, *(1,) * (draw.ndim - at - 1)), draw, torch.nan)
+    return draw
 
 
 def _mixed(draw: Tensor, entry: Known | None, variable: Variable) -> Tensor:

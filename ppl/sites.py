@@ -226,10 +226,11 @@ def _declare_chain(trace: Trace, name: str, dist: Markov, shape: int | Sequence[
         )
     along = ordered[-1]
     refuse_ragged(trace, along, f"the chain '{name}'")
-    outside = [p for p in trace.open if p != along]
-    inside, trace.open = trace.open, outside
-    initial, concrete = trace.law(as_distribution(dist.init))
-    trace.open = inside
+    inside, trace.open = trace.open, [p for p in trace.open if p != along]
+    try:  # the first element stands outside the plate
+        initial, concrete = trace.law(as_distribution(dist.init))
+    finally:
+        trace.open = inside
     event = _event_shape(name, concrete, shape)
     variable = _variable(name, role, plates, event, as_distribution(dist.init), concrete)
     element = _draw(trace, variable, concrete)

@@ -8,15 +8,18 @@ a reference to a node of the graph under construction. Each torch call on values
 
 from __future__ import annotations
 
+import opcode
+import operator
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, NoReturn, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ppl.errors import ModelError
+from ppl.errors import ModelError, user_frame
 
 
 class Recorder(Protocol):
@@ -44,8 +47,14 @@ _RANDOM = {
 }  # fmt: skip
 # ``x += y`` rebinds a Python name, as it does for numbers; it is recorded as ``x + y``.
 _AUGMENTED = {
-    "__iadd__": torch.add, "__isub__": torch.sub, "__imul__": torch.mul, "__itruediv__": torch.div, "__idiv__": torch.div,
-    "__ipow__": torch.pow,
+    "add_": torch.add, "sub_": torch.sub, "mul_": torch.mul, "div_": torch.div, "pow_": torch.pow,
+    "floor_divide_": torch.floor_divide, "remainder_": torch.remainder,
+}  # fmt: skip
+# A NumPy number on the left, np.sqrt(2.0) * x, is a number like any other.
+_NUMPY = {
+    "add": operator.add, "subtract": operator.sub, "multiply": operator.mul, "divide": operator.truediv,
+    "true_divide": operator.truediv, "power": operator.pow, "greater": operator.gt, "less": operator.lt,
+    "greater_equal": operator.ge, "less_equal": operator.le,
 }  # fmt: skip
 
 
@@ -78,14 +87,29 @@ class Value(Tensor):
             return describe(args[0])
         if name == "__bool__":
             return _truth(args[0])
-        _refuse(name, args)
+        if name in _AUGMENTED and _is_augmented_assignment():
+            func = _AUGMENTED[name]
+        else:
+            _refuse(name, args)
+        if kwargs and kwargs.get("inplace"):
+            raise ModelError(f"'{name}' with inplace=True assigns into a value. Leave inplace out.")
         recorder = RECORDER.get()
         if recorder is None:
             raise ModelError(
                 "this value belongs to a model that has finished tracing. "
                 "Return nothing from a model; read results from the posterior."
             )
-        return recorder.call(_AUGMENTED.get(name, func), args, kwargs or {})
+        return recorder.call(func, args, kwargs or {})
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        known = _NUMPY.get(ufunc.__name__)
+        numbers = [x.item() if isinstance(x, np.generic) else x for x in inputs]
+        if known is None or any(isinstance(x, np.ndarray) for x in numbers):
+            _refuse("numpy", inputs)
+        return known(*numbers)  # type: ignore[misc]
+
+    def __delitem__(self, index: Any) -> None:
+        _refuse_assignment()
 
     def __iter__(self):  # type: ignore[override]
         if self.ndim == 0:
@@ -138,11 +162,19 @@ def _truth(value: Value) -> bool:
     )
 
 
+def _is_augmented_assignment() -> bool:
+    """Whether the user's line says ``x += y`` and not ``x.add_(y)``: torch gives both the same name."""
+    frame = user_frame()
+    if frame is None:
+        return False
+    return opcode.opname[frame.f_code.co_code[frame.f_lasti]].startswith(("BINARY_OP", "INPLACE_"))
+
+
 def _refuse(name: str, args: tuple[Any, ...]) -> None:
     if name in _TO_NUMBER:
         raise ModelError(
             "a model may not turn a value into a number or a NumPy array. "
-            "Use the torch function of the same name, such as torch.exp(x) for np.exp(x)."
+            "Use the torch function of the same name, torch.exp(x) for np.exp(x); make an array a tensor, torch.as_tensor(array)."
         )
     if name in _RANDOM:
         raise ModelError(f"'{name}' draws random numbers inside a model. Declare the draw: latent(name, distribution).")

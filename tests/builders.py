@@ -48,7 +48,9 @@ class Loop:
         filled = [torch.full(shape, torch.nan) if r is None else r.double() for r in rows]
         return torch.stack(filled).reshape((*(self.sizes[a] for a in axes), *shape))
 
-    def density(self, law: Law, value: Any, axes: tuple[str, ...], keep: Tensor | None = None) -> Tensor:
+    def density(
+        self, law: Law, value: Any, axes: tuple[str, ...], keep: Tensor | None = None
+    ) -> Tensor:
         """Log-density at every point of ``axes``, events summed, zero where a neighbour is missing."""
         out = torch.zeros([self.sizes[a] for a in axes], dtype=torch.float64)
         for point in self.points(axes):
@@ -62,7 +64,15 @@ class Loop:
         leaves = [self.constant(self.value(a, point)) for a in law.arguments]
         terms = law.family.replace(leaves).log_prob(self.value(value, point))
         if keep is not None:
-            terms = terms * keep[tuple(point[a] for a in self.graph.variables[self.graph.nodes[value.id].name].plates)]
+            terms = (
+                terms
+                * keep[
+                    tuple(
+                        point[a]
+                        for a in self.graph.variables[self.graph.nodes[value.id].name].plates
+                    )
+                ]
+            )
         return terms.sum()
 
     def points(self, axes: tuple[str, ...]) -> list[dict[str, int]]:
@@ -96,7 +106,11 @@ class Loop:
 
     def _previous(self, node: Node, point: Point) -> Tensor:
         assert self.before, "only inside a transition"
-        position = {**point, **{a: point.get(a + "'", point.get(a, 0)) for a in self.axes[node.name]}, **self.before}
+        position = {
+            **point,
+            **{a: point.get(a + "'", point.get(a, 0)) for a in self.axes[node.name]},
+            **self.before,
+        }
         for axis, at in self.before.items():
             position[axis] = point[axis] - 1 if at == -1 else at
         return self._variable(node, position)
@@ -116,12 +130,14 @@ class Loop:
 
     def _gather(self, node: Node, point: Point) -> Tensor:
         index = self.value(node.args[1], point).long()
-        x = [self.value(node.args[0], self.moved(point, node.name, int(i))) for i in index.flatten()]
+        x = [
+            self.value(node.args[0], self.moved(point, node.name, int(i))) for i in index.flatten()
+        ]
         return torch.stack(x).reshape((*index.shape, *x[0].shape))
 
     def _members(self, node: Node, point: Point) -> list[dict[str, int]]:
         closure = self.graph.closure(node.plates)
-        groups = [p for p in self.graph.plates[node.name].parents if p in closure]
+        groups = [p for p in self.graph.ancestors(node.name) if p in closure]
         found = []
         for i in range(self.sizes[node.name]):
             there = self.moved(point, node.name, i)
@@ -134,7 +150,10 @@ class Loop:
         return getattr(torch.stack(parts), node.args[1])(0)
 
     def _dot(self, node: Node, point: Point) -> Tensor:
-        parts = [self.value(node.args[0], p) * self.value(node.args[1], p) for p in self._members(node, point)]
+        parts = [
+            self.value(node.args[0], p) * self.value(node.args[1], p)
+            for p in self._members(node, point)
+        ]
         return torch.stack(parts).sum(0)
 
     def _pick(self, node: Node, point: Point) -> Tensor:

@@ -111,9 +111,8 @@ figure.savefig("eight_schools_funnel.png", dpi=110)
 
 # %% [markdown]
 # The result says how far to trust it. *Pareto k* measures how heavy the tail of the weights is:
-# below 0.5 all is well, above 0.7 numbers can be off. Here the far tail of `tau` is heavier than
-# that of any Gaussian proposal, so that k stays above 0.5; the means below are right all the
-# same. A fit with far too few particles and iterations shows how a bad result announces itself.
+# below 0.5 all is well, above 0.7 numbers can be off. A fit with far too few particles shows how
+# a doubtful result announces itself.
 
 # %%
 print("as fitted:  ", posterior.diagnostics.verdict)

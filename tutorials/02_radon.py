@@ -79,14 +79,14 @@ posterior = infer(radon, houses, method="qem", seed=0)
 print(posterior)
 
 # %% [markdown]
-# With many counties one of them may have weights whose tail looks heavy (*Pareto k* over 0.7),
-# and the verdict is not "good". The remedy costs little: weigh more particles, from the same
-# proposal. Compare the numbers; where they stay, the worry was about nothing.
+# The verdict says whether the weights can be trusted. Where it does not say "good", there is a
+# cheap second opinion: weigh fresh particles, with the fit itself as the proposal. Compare the
+# numbers; where they stay, the worry was about nothing.
 
 # %%
-posterior = posterior.reweight(100, seed=1)
-print(posterior.summary(["base", "effect", "spread", "noise", "slope"]))
-print(posterior.diagnostics.verdict)
+again = posterior.reweight(100, seed=1)
+print(again.summary(["base", "effect", "spread", "noise", "slope"]))
+print(again.diagnostics.verdict)
 
 # %% [markdown]
 # ## Shrinkage

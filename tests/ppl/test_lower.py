@@ -80,7 +80,10 @@ class Setting:
         return value.expand((*(sizes[a] - (a == cut) for a in axes), *event))
 
     def axes_of(self, out: object, plates: tuple[str, ...]) -> tuple[str, ...]:
-        return (*(a for a in out.axes if a in SAMPLES), *(p for p in self.graph.plates if p in plates))
+        return (
+            *(a for a in out.axes if a in SAMPLES),
+            *(p for p in self.graph.plates if p in plates),
+        )
 
     def check_expressions(self, rules: str = "all") -> None:
         for name in self.graph.deterministics:
@@ -91,7 +94,11 @@ class Setting:
             inside = ~expected.isnan()
             assert got.shape == expected.shape, name
             torch.testing.assert_close(
-                got.double()[inside], expected[inside], rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+                got.double()[inside],
+                expected[inside],
+                rtol=1e-12,
+                atol=1e-12,
+                msg=lambda m, n=name: f"{n}: {m}",
             )
 
     def check_density(self, name: str, rules: str = "all", tolerance: float = 1e-12) -> None:
@@ -105,7 +112,10 @@ class Setting:
 
 
 def setting(
-    function: Callable[[], None], data: dict | None = None, samples: dict | None = None, **options: object
+    function: Callable[[], None],
+    data: dict | None = None,
+    samples: dict | None = None,
+    **options: object,
 ) -> Setting:
     bound = model(function).bind(data, need_observed=False, **options)
     return Setting(bound, samples or {})
@@ -246,7 +256,10 @@ class Program:
             self._grow(scalars + in_b[0], vectors + in_b[1], "b", 3)
         with a, b:
             here = self._sites("ab")
-            scalars, vectors = scalars + in_a[0] + in_b[0] + here[0], vectors + in_a[1] + in_b[1] + here[1]
+            scalars, vectors = (
+                scalars + in_a[0] + in_b[0] + here[0],
+                vectors + in_a[1] + in_b[1] + here[1],
+            )
             self._grow(scalars, vectors, "ab")
         with b:
             inside = [mean(scalars[-1], over=a)] if "a" in scalars[-1].node.plates else []
@@ -269,11 +282,24 @@ class Program:
             all_scalars += self._picked(all_vectors, "n")
             self._grow(all_scalars, all_vectors, "n")
         with a:
-            groups = [ppl.sum(here[0][0], over=n), mean(here[0][2], over=n), logsumexp(product, over=n)]
+            groups = [
+                ppl.sum(here[0][0], over=n),
+                mean(here[0][2], over=n),
+                logsumexp(product, over=n),
+            ]
             groups.append(dot(here[0][0], here[0][1], over=n))
             self._grow(in_a[0] + groups, in_a[1] + [mean(here[1][0], over=n)], "groups", 4)
-        totals = [ppl.sum(here[0][0], over=n), logsumexp(in_a[0][0], over=a), dot(here[0][0], here[0][1], over=n)]
-        self._grow(scalars + totals + [pick(in_a[0][0], a=2)], vectors + [mean(in_a[1][0], over=a)], "totals", 4)
+        totals = [
+            ppl.sum(here[0][0], over=n),
+            logsumexp(in_a[0][0], over=a),
+            dot(here[0][0], here[0][1], over=n),
+        ]
+        self._grow(
+            scalars + totals + [pick(in_a[0][0], a=2)],
+            vectors + [mean(in_a[1][0], over=a)],
+            "totals",
+            4,
+        )
 
     def _crossed(self) -> None:
         scalars, vectors = self._sites("")
@@ -406,8 +432,11 @@ def test_three_levels_of_plates() -> None:
             deterministic("of houses", mean(product, over=house))
         with region:
             deterministic("of counties", logsumexp(y, over=county))
+            deterministic("of all houses", mean(product, over=house))
 
-    made = setting(nested, {"region": [1, 0, 1], "county": [0, 1, 2, 2, 1]}, {"x": ("k0",), "z": ("k1",)})
+    made = setting(
+        nested, {"region": [1, 0, 1], "county": [0, 1, 2, 2, 1]}, {"x": ("k0",), "z": ("k1",)}
+    )
     made.check_expressions()
 
 
@@ -424,16 +453,21 @@ def test_gathers_through_an_index_with_an_event_and_from_a_grid() -> None:
         with plate("row", 4):
             i, j = given("i", index=a), given("j", index=b)
             deterministic("chained", x[i] * y[j])
-            deterministic("pair", pair[i] * x[i])
+            deterministic("of a pair", pair[i] * x[i])
             ends = given("ends", index=a)
-            deterministic("ends", x[ends].sum())
+            deterministic("of ends", x[ends].sum())
             deterministic("pairs", pair[ends])
         with b:
             z = latent("z", Categorical(logits=torch.zeros(3), over=a))
             deterministic("mixed", g[z])
 
     data = {"i": [0, 2, 1, 2], "j": [1, 0, 1, 1], "ends": [[0, 1], [2, 2], [1, 0], [0, 2]]}
-    for samples in ({}, {"x": ("k0",), "g": ("k1",)}, {"g": ("k0",), "z": ("k0",), "pair": ("k1",)}, {"z": ("k1",)}):
+    for samples in (
+        {},
+        {"x": ("k0",), "g": ("k1",)},
+        {"g": ("k0",), "z": ("k0",), "pair": ("k1",)},
+        {"z": ("k1",)},
+    ):
         setting(looked_up, data, samples).check_expressions()
 
 
@@ -456,7 +490,9 @@ def _shifted() -> None:
         factor("corner", Normal(pick(ahead, site=1), 0.5), at=0.2)
 
 
-@pytest.mark.parametrize("name", ["smooth", "back", "twice", "there", "curvature", "level", "corner"])
+@pytest.mark.parametrize(
+    "name", ["smooth", "back", "twice", "there", "curvature", "level", "corner"]
+)
 def test_elements_without_a_neighbour_drop_out(name: str) -> None:
     setting(_shifted, samples={"x": ("k0",)}).check_density(name)
 
@@ -485,7 +521,9 @@ def test_shifts_reach_plates_within_the_ordered_one() -> None:
         with plate("reading", 5, within=time):
             factor("near", Normal(ahead, 1.0), at=given("y"))
 
-    made = setting(within, {"time": [0, 2, 1, 0, 2], "y": [0.1, 0.2, 0.3, 0.4, 0.5]}, {"x": ("k0",)})
+    made = setting(
+        within, {"time": [0, 2, 1, 0, 2], "y": [0.1, 0.2, 0.3, 0.4, 0.5]}, {"x": ("k0",)}
+    )
     made.check_density("near")
 
 
@@ -526,7 +564,9 @@ LAWS: dict[str, Callable] = {
     "covariance": lambda x, v: MultivariateNormal(v, covariance_matrix=_spd(v)),
     "precision": lambda x, v: MultivariateNormal(v, precision_matrix=_spd(v)),
     "scale_tril": lambda x, v: MultivariateNormal(v, scale_tril=torch.linalg.cholesky(_spd(v))),
-    "constant tril": lambda x, v: MultivariateNormal(v, scale_tril=torch.eye(3, dtype=torch.float64)),
+    "constant tril": lambda x, v: MultivariateNormal(
+        v, scale_tril=torch.eye(3, dtype=torch.float64)
+    ),
     "categorical": lambda x, v: Categorical(logits=v * x),
     "dirichlet": lambda x, v: Dirichlet(torch.exp(v)),
     "beta": lambda x, v: Beta(torch.exp(x), 2.0),
@@ -559,7 +599,10 @@ def _law_setting(name: str, samples: dict, seed: int = 0) -> Setting:
     return made
 
 
-@pytest.mark.parametrize("samples", [{}, {"x": ("k0",), "v": ("k1",)}, {"y": ("k1",), "v": ("k0",)}, {"y": ("k0",), "x": ("k0",)}])
+@pytest.mark.parametrize(
+    "samples",
+    [{}, {"x": ("k0",), "v": ("k1",)}, {"y": ("k1",), "v": ("k0",)}, {"y": ("k0",), "x": ("k0",)}],
+)
 @pytest.mark.parametrize("name", LAWS)
 def test_densities_equal_a_loop_over_elements(name: str, samples: dict) -> None:
     _law_setting(name, samples).check_density("y", tolerance=1e-10)
@@ -567,7 +610,9 @@ def test_densities_equal_a_loop_over_elements(name: str, samples: dict) -> None:
 
 @pytest.mark.parametrize("rules", ["all", "vmap"])
 @pytest.mark.parametrize("scalar", ["none", "loc", "scale"])
-def test_the_inner_product_of_normals_keeps_its_digits_under_a_large_offset(rules: str, scalar: str) -> None:
+def test_the_inner_product_of_normals_keeps_its_digits_under_a_large_offset(
+    rules: str, scalar: str
+) -> None:
     def far() -> None:
         loc = latent("loc", Normal(1e3, 0.1), **({} if scalar == "loc" else {"shape": 4}))
         with plate("a", 2):
@@ -587,7 +632,7 @@ def test_free_factors() -> None:
         v = latent("v", Normal(0.0, 1.0), shape=3)
         with a:
             x = latent("x", Normal(0.0, 1.0))
-            factor("energy", -(v - x) ** 2)
+            factor("energy", -((v - x) ** 2))
             factor("law", Normal(v, 0.5), at=x * v)
         factor("total", Normal(ppl.sum(x, over=a), 0.1), at=1.0)
 
@@ -617,7 +662,9 @@ def _masked(law: Callable, y: Tensor, samples: dict) -> tuple[Setting, Tensor]:
 
 
 NAN = float("nan")
-ROWS = torch.tensor([[0.5, NAN, -1.0], [NAN, NAN, NAN], [0.1, 0.2, 0.3], [NAN, 0.4, NAN]], dtype=torch.float64)
+ROWS = torch.tensor(
+    [[0.5, NAN, -1.0], [NAN, NAN, NAN], [0.1, 0.2, 0.3], [NAN, 0.4, NAN]], dtype=torch.float64
+)
 
 
 def test_missing_scalars_count_nothing() -> None:
@@ -627,7 +674,9 @@ def test_missing_scalars_count_nothing() -> None:
     torch.testing.assert_close(got, torch.where(y.isnan(), 0.0, plain))
 
 
-@pytest.mark.parametrize("law", [lambda v: Normal(v, 0.5), lambda v: Tent(v)], ids=["normal", "foreign"])
+@pytest.mark.parametrize(
+    "law", [lambda v: Normal(v, 0.5), lambda v: Tent(v)], ids=["normal", "foreign"]
+)
 def test_missing_entries_of_a_vector_leave_the_others(law: Callable) -> None:
     made, got = _masked(law, ROWS, {"v": ("k0",)})
     for k in range(SAMPLES["k0"]):
@@ -639,7 +688,11 @@ def test_missing_entries_of_a_vector_leave_the_others(law: Callable) -> None:
 @pytest.mark.parametrize("name", ["covariance_matrix", "precision_matrix", "scale_tril"])
 def test_missing_entries_of_a_correlated_vector_leave_the_exact_marginal(name: str) -> None:
     spread = M @ M.mT + torch.eye(3, dtype=torch.float64)
-    matrix = {"covariance_matrix": spread, "precision_matrix": spread.inverse(), "scale_tril": torch.linalg.cholesky(spread)}[name]
+    matrix = {
+        "covariance_matrix": spread,
+        "precision_matrix": spread.inverse(),
+        "scale_tril": torch.linalg.cholesky(spread),
+    }[name]
     made, got = _masked(lambda v: MultivariateNormal(v, **{name: matrix}), ROWS, {"v": ("k0",)})
     for k in range(SAMPLES["k0"]):
         for row in range(len(ROWS)):
@@ -647,7 +700,9 @@ def test_missing_entries_of_a_correlated_vector_leave_the_exact_marginal(name: s
             if not there.any():
                 assert got[k, row] == 0.0
                 continue
-            block = torch.distributions.MultivariateNormal(made.arrays["v"][k][there], spread[there][:, there])
+            block = torch.distributions.MultivariateNormal(
+                made.arrays["v"][k][there], spread[there][:, there]
+            )
             assert abs(got[k, row] - block.log_prob(ROWS[row][there])) < 1e-10
 
 
@@ -675,10 +730,17 @@ def _walk() -> None:
     with plate("site", 2):
         base = latent("base", Normal(0.0, 1.0))
         with time:
-            latent("plain", Markov(Normal(base, 1.0), lambda before: Normal(rate * before + push, 0.5)))
-            latent("pooled", Markov(Normal(base, 1.0), lambda before: Normal(before + average + first, 0.5)))
+            latent(
+                "plain", Markov(Normal(base, 1.0), lambda before: Normal(rate * before + push, 0.5))
+            )
+            latent(
+                "pooled",
+                Markov(Normal(base, 1.0), lambda before: Normal(before + average + first, 0.5)),
+            )
             latent("lagged", Markov(Normal(0.0, 1.0), lambda before: Normal(before + behind, 0.5)))
-            latent("pair", Markov(Normal(torch.zeros(3), 1.0), lambda before: Normal(M @ before, 0.5)))
+            latent(
+                "pair", Markov(Normal(torch.zeros(3), 1.0), lambda before: Normal(M @ before, 0.5))
+            )
 
 
 @pytest.mark.parametrize("name", ["plain", "pooled", "lagged", "pair"])
@@ -722,7 +784,9 @@ def test_an_enumerated_chain_has_the_same_values_everywhere() -> None:
     def hidden() -> None:
         rates = latent("rates", Normal(0.0, 1.0), shape=2)
         with plate("time", 4, ordered=True):
-            moves = Markov(Categorical(logits=table[0]), lambda before: Categorical(logits=table[before]))
+            moves = Markov(
+                Categorical(logits=table[0]), lambda before: Categorical(logits=table[before])
+            )
             state = latent("state", moves)
             observe("y", Normal(rates[state], 0.5))
 
@@ -771,7 +835,10 @@ def test_single_precision_stays_single() -> None:
             latent("m", MultivariateNormal(v, scale_tril=torch.eye(3)))
 
     made = setting(one, samples={"x": ("k0",)})
-    exact = {n: made.loop.density(made.graph.factors[n].law, made.graph.factors[n].value, ("k0", "a")) for n in "ym"}
+    exact = {
+        n: made.loop.density(made.graph.factors[n].law, made.graph.factors[n].value, ("k0", "a"))
+        for n in "ym"
+    }
     made.arrays = {k: v.float() for k, v in made.arrays.items()}
     for name in ("y", "m"):
         compiler = made.compiler(dtype=torch.float32)

@@ -183,6 +183,11 @@ def test_a_tensor_that_grows_by_a_value_is_a_value():
     torch.testing.assert_close(draws["out"], draws["x"] + draws["s"][:, None, None])
 
 
+def test_a_numpy_number_is_a_number():
+    draws = traced(lambda x, w, s: np.sqrt(4.0) * x - np.float64(1.0)).sample(2, seed=0)
+    torch.testing.assert_close(draws["out"], 2.0 * draws["x"] - 1.0)
+
+
 def test_a_torch_distribution_of_values_is_a_law():
     @model
     def m():
@@ -250,7 +255,7 @@ REFUSED = [
     ("np.exp", lambda x: np.exp(x), "number or a NumPy array"),
     ("np-left", lambda x: np.ones(3) + x, "number or a NumPy array"),
     ("np-matmul", lambda x: np.ones((2, 3)) @ x, "number or a NumPy array"),
-    ("np-scalar", lambda x: np.float64(2.0) * x, "number or a NumPy array"),
+    ("np-right", lambda x: x * np.ones(3), "number or a NumPy array"),
     ("math.exp", lambda x: math.exp(x[0]), "number or a NumPy array"),
     ("range", lambda x: range(x[0].long()), "number or a NumPy array"),
     ("list-index", lambda x: [1, 2, 3][x[0].long()], "number or a NumPy array"),
