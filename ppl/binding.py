@@ -318,8 +318,23 @@ class _Plates:
                 column.element(variable.plates, torch.float64)  # raises: text used as numbers
             array = torch.as_tensor(arranged)
         for axis, plate in enumerate(variable.plates):
+            array = self._by_coordinate(column, array, plate, axis)
             array = self._per_element(column, array, plate, axis)
         return array
+
+    def _by_coordinate(self, column: Column, array: Tensor, plate: str, axis: int) -> Tensor:
+        # The coordinates of an xarray name its elements; another array may have them in another order.
+        names, labels = (column.coords or {}).get(plate), list(self.labels[plate])
+        if names is None or list(names) == labels:
+            return array
+        position = {v: i for i, v in enumerate(names)}
+        absent = [v for v in labels if v not in position]
+        if absent or len(names) != len(labels):
+            raise DataError(
+                f"'{column.name}': its coordinate '{plate}' differs from the labels of the plate "
+                f"({len(absent)} labels are absent, the first is {absent[:1]}). Align the arrays, or drop the coordinate."
+            )
+        return array.index_select(axis, torch.tensor([position[v] for v in labels], device=array.device))
 
 
 def _check_picks(graph: Graph) -> None:

@@ -172,7 +172,10 @@ def _from_xarray(name: str, array: Any) -> Column:
 
 def _categories(series: Any) -> tuple[Any, ...] | None:
     # pandas keeps the order of categories; polars' `cat` namespace has get_categories, in order of appearance.
-    if "categor" not in str(getattr(series, "dtype", "")).lower():
+    dtype = getattr(series, "dtype", None)
+    if str(dtype).startswith("Enum"):  # polars' categories with an order
+        return tuple(dtype.categories)  # type: ignore[union-attr]
+    if "categor" not in str(dtype).lower():
         return None
     categories = getattr(getattr(series, "cat", None), "categories", None)
     return None if categories is None else tuple(categories.tolist())
@@ -207,12 +210,14 @@ def _plain(value: Any) -> Any:
         return np.stack([v.detach().cpu().numpy() for v in value])
     if isinstance(value, range):
         return list(value)
+    if isinstance(value, (list, tuple)) and any(isinstance(v, str) for v in value):
+        return np.array(value, dtype=object)  # NumPy would write numbers and None among text as text
     return value
 
 
 def _from_objects(name: str, array: np.ndarray) -> np.ndarray:
     flat = array.ravel()
-    empty = np.array([v is None or v is np.nan or v != v for v in flat], dtype=bool)
+    empty = np.array([_is_missing(v) for v in flat], dtype=bool)
     if all(isinstance(v, str) for v in flat[~empty]) and (~empty).any():
         if empty.any():
             raise DataError(
@@ -225,6 +230,11 @@ def _from_objects(name: str, array: np.ndarray) -> np.ndarray:
     except (TypeError, ValueError):
         kinds = sorted({type(v).__name__ for v in flat})
         raise DataError(f"'{name}': expected numbers or labels, got a mixture of {kinds}. Convert the column.") from None
+
+
+def _is_missing(value: Any) -> bool:
+    # pandas.NA compares to pandas.NA, not to a truth value.
+    return value is None or type(value).__name__ in ("NAType", "NaTType") or bool(value != value)
 
 
 def _check_duplicates(columns: Sequence[Column]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +25,7 @@ def as_text(graph: Graph) -> str:
 def as_mermaid(graph: Graph) -> str:
     """A Mermaid flow chart: rounded latents, boxed observations, small squares for factors, plates as subgraphs."""
     ids = {name: f"v{i}" for i, name in enumerate(graph.variables)}
-    lines = ["flowchart TD"]
-    for plates, names in _by_plates(graph).items():
-        indent = "  "
-        for i, plate in enumerate(plates):
-            size = graph.plates[plate].size
-            title = f"{plate} ({size})" if size else plate
-            lines.append(f'{indent}subgraph {"_".join(("p", *plates[: i + 1]))}["{title}"]')
-            indent += "  "
-        for name in names:
-            left, right = {"latent": ("((", "))"), "observed": ("[", "]")}.get(graph.variables[name].role, ("([", "])"))
-            lines.append(f'{indent}{ids[name]}{left}"{name}"{right}')
-        for _ in plates:
-            indent = indent[:-2]
-            lines.append(f"{indent}end")
+    lines = ["flowchart TD", *_mermaid_box(graph, _boxes(graph), ids, "  ")]
     for i, f in enumerate(graph.factors.values()):
         lines.append(f'  f{i}["{_label(f)}"]')
         for name in f.scope:
@@ -52,13 +41,7 @@ def as_mermaid(graph: Graph) -> str:
 def as_dot(graph: Graph) -> str:
     """A directed graph in DOT: circles for variables (grey when observed), boxes for factors, clusters for plates."""
     lines = [f'digraph "{graph.name}" {{', "  rankdir=TB; node [fontname=Helvetica, fontsize=11];"]
-    for plates, names in _by_plates(graph).items():
-        for i, plate in enumerate(plates):
-            size = graph.plates[plate].size
-            lines.append(f'  subgraph "cluster_{"/".join(plates[: i + 1])}" {{ label="{plate} {size or ""}"; style=rounded;')
-        for name in names:
-            lines.append(f'  "{name}" [{_dot_style(graph.variables[name])}];')
-        lines.extend("  }" for _ in plates)
+    lines += _dot_box(graph, _boxes(graph), "  ")
     for f in graph.factors.values():
         lines.append(f'  "f:{f.name}" [shape=box, height=0.2, width=0.2, fontsize=9, label="{_label(f)}"];')
         for name in f.scope:
@@ -135,9 +118,49 @@ def _dot_style(v: Variable) -> str:
     return fill or ("shape=diamond" if v.role == "param" else "shape=ellipse")
 
 
-def _by_plates(graph: Graph) -> dict[tuple[str, ...], list[str]]:
-    groups: dict[tuple[str, ...], list[str]] = {}
+@dataclass
+class _Box:
+    """A plate inside the plates around it: one box a path, whichever variables lie there."""
+
+    plate: str
+    id: int
+    names: list[str] = field(default_factory=list)
+    inner: dict[str, _Box] = field(default_factory=dict)
+
+
+def _boxes(graph: Graph) -> _Box:
+    root, numbers = _Box("", 0), itertools.count(1)
     for v in graph.variables.values():
         outer = [a for p in v.plates for a in reversed(graph.ancestors(p))]
-        groups.setdefault(tuple(dict.fromkeys((*outer, *v.plates))), []).append(v.name)
-    return groups
+        box = root
+        for plate in dict.fromkeys((*outer, *v.plates)):
+            if plate not in box.inner:
+                box.inner[plate] = _Box(plate, next(numbers))
+            box = box.inner[plate]
+        box.names.append(v.name)
+    return root
+
+
+def _mermaid_box(graph: Graph, box: _Box, ids: dict[str, str], indent: str) -> list[str]:
+    lines = []
+    for name in box.names:
+        left, right = {"latent": ("((", "))"), "observed": ("[", "]")}.get(
+            graph.variables[name].role, ("([", "])")
+        )
+        lines.append(f'{indent}{ids[name]}{left}"{name}"{right}')
+    for inner in box.inner.values():
+        size = graph.plates[inner.plate].size
+        title = f"{inner.plate} ({size})" if size else inner.plate
+        lines.append(f'{indent}subgraph p{inner.id}["{title}"]')
+        lines += [*_mermaid_box(graph, inner, ids, indent + "  "), f"{indent}end"]
+    return lines
+
+
+def _dot_box(graph: Graph, box: _Box, indent: str) -> list[str]:
+    lines = [f'{indent}"{name}" [{_dot_style(graph.variables[name])}];' for name in box.names]
+    for inner in box.inner.values():
+        size = graph.plates[inner.plate].size
+        title = f"{inner.plate} ({size})" if size else inner.plate
+        lines.append(f'{indent}subgraph cluster_{inner.id} {{ label="{title}"; style=rounded;')
+        lines += [*_dot_box(graph, inner, indent + "  "), f"{indent}}}"]
+    return lines
