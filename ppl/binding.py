@@ -187,7 +187,7 @@ class _Plates:
     def _keys(self, plate: str, *, is_table: bool) -> list[str]:
         # An index (an edge's two poses) is a key only where it is the one way from the rows of a table.
         indices = [v.name for v in self.graph.role("given") if v.index_of == plate]
-        return [*self._members(plate), *(indices if is_table and len(indices) == 1 else []), plate]
+        return [plate, *self._members(plate), *(indices if is_table and len(indices) == 1 else [])]
 
     def _members(self, plate: str) -> list[str]:
         """Names of the columns that say which element of ``plate`` something lies within."""

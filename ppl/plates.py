@@ -278,20 +278,6 @@ def _parent_name(name: str, parent: Any) -> str:
     return parent.name
 
 
-def _contradicts(known: Plate, again: Plate) -> bool:
-    # What the second declaration leaves out stands as it was.
-    return (
-        (again.size is not None and known.size != again.size)
-        or (bool(again.parents) and (known.parents, known.columns) != (again.parents, again.columns))
-        or (again.ordered and not known.ordered)
-    )
-
-
-def _declaration(plate: Plate) -> str:
-    inside = f" within {plate.parents} by {plate.columns}" if plate.parents else ""
-    return f"size {plate.size}{inside}{', ordered' if plate.ordered else ''}"
-
-
 def _columns(name: str, parents: tuple[str, ...], by: str | tuple[str, ...] | None) -> tuple[str, ...]:
     columns = parents if by is None else (by,) if isinstance(by, str) else tuple(by)
     if len(columns) != len(parents):
