@@ -191,8 +191,8 @@ class _Plates:
 
     def _members(self, plate: str) -> list[str]:
         """Names of the columns that say which element of ``plate`` something lies within."""
-        plates = self.graph.plates.values()
-        return [c for p in plates for c, q in zip(p.columns, p.parents, strict=True) if q == plate]
+        everything = self.graph.plates.values()
+        return [c for p in everything for c, q in zip(p.columns, p.parents, strict=True) if q == plate]
 
     def _labels_of(self, plate: str) -> Sequence[Any]:
         if plate in self.given_labels:

@@ -64,11 +64,11 @@ def without_edges(c: Compiler, out: Operand) -> Operand:
                 f"a value shifted along plate '{plate}' is used where it is not clear which "
                 f"elements lack a neighbour. Use it with '{plate}' open."
             )
-        at, size = out.axes.index(within[0]) - len(out.axes), c.graph.plates[plate].size
-        inputs = (out.slot,)
+        at = out.axes.index(within[0]) - len(out.axes)
+        inputs = [out.slot]
         if within[0] != plate:
-            inputs = (out.slot, c.membership(within[0], plate))
-        run = partial(_drop_edges, at, start, end, size)
+            inputs.append(c.membership(within[0], plate))
+        run = partial(_drop_edges, at, start, end, c.graph.plates[plate].size)
         out = out._replace(slot=c.emit(run, *inputs))
     return out._replace(edges=())
 
@@ -244,11 +244,12 @@ def _normal_inner_product(
 
 
 def _drop_edges(
-    at: int, start: int, end: int, size: int, density: Tensor, place: Tensor | None = None
+    at: int, start: int, end: int, size: int | None, density: Tensor, place: Tensor | None = None
 ) -> Tensor:
     """Zero at the first ``start`` and last ``end`` places; ``place`` is that of each element."""
     if place is None:
         size = density.shape[at]  # one less in a transition
         place = torch.arange(size, device=density.device)
+    assert size is not None
     keep = (place >= start) & (place < size - end)
     return torch.where(keep.reshape(-1, *(1,) * (-at - 1)), density, 0.0)

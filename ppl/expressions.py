@@ -133,7 +133,7 @@ def _matmul(c: Compiler, node: Node) -> Operand | None:
 
 def _linear(c: Compiler, node: Node) -> Operand | None:
     """``torch.nn.functional.linear``; weights may have axes of their own."""
-    given = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
+    given = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
     x, weight = c.operand(given["input"]), c.operand(given["weight"])
     if x.event_ndim not in (1, 2) or weight.event_ndim != 2:
         return None
@@ -257,6 +257,7 @@ def _over_plate(c: Compiler, x: Operand, node: Node, kind: str) -> Operand:
     members = c.input(map_name(plate, groups[0]))
     members = c.emit(partial(_narrowed, 0, keep), members) if any(keep) else members
     size = c.graph.plates[groups[0]].size
+    assert size is not None
     slot = c.emit(partial(_segment, kind, at, size), slot, members)
     axes = tuple(groups[0] if a == plate else a for a in x.axes)
     made = c.ordered(Operand(slot, axes, x.event_ndim, edges))
@@ -321,7 +322,7 @@ _OPS: Mapping[str, Callable[[Compiler, Node], Operand]] = {
     "shift": _shift,
     "collect": _collect,
 }
-_REDUCTIONS = {"sum": torch.sum, "mean": torch.mean, "logsumexp": torch.logsumexp}
+_REDUCTIONS: Mapping[str, Callable[..., Tensor]] = {"sum": torch.sum, "mean": torch.mean, "logsumexp": torch.logsumexp}
 
 
 # ---- plain functions -----------------------------------------------------------------------------

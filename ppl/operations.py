@@ -75,6 +75,7 @@ def index_by_value(x: Tensor, index: Tensor, n: int) -> Tensor:
     Args:
         x: ``[*axes, size, *rest]``, the ``n`` leading axes aligned with those of ``index``.
         index: ``[*axes, *shape]``, whole numbers of any dtype.
+        n: number of leading axes.
     """
     rest, shape = x.ndim - n - 1, index.shape[n:]
     at = index.long()

@@ -163,8 +163,9 @@ def dot(a: Tensor, b: Tensor, *, over: PlateHandle | str) -> Value:
     assert name is not None
     for x in (a, b):
         _check_reduced(trace, x, name, "dot")
+    assert isinstance(a, Value) and isinstance(b, Value)
     result = trace.evaluate(torch.mul, "dot", (a, b), {}, [a, b])
-    plates = _plates_after(trace, [p for x in (a, b) if is_traced(x) for p in x.node.plates], name)
+    plates = _plates_after(trace, [*a.node.plates, *b.node.plates], name)
     return trace.add_node("dot", result, (trace.operand(a), trace.operand(b)), plates=plates, name=name)
 
 

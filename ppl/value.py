@@ -42,8 +42,8 @@ _TO_NUMBER = {
     "__array_wrap__", "__array_priority__", "__dlpack__",
 }  # fmt: skip
 _RANDOM = {
-    "rand_like", "randn_like", "randint_like", "bernoulli", "multinomial", "poisson", "normal", "dropout", "dropout1d", "dropout2d",
-    "binomial", "rrelu", "alpha_dropout", "feature_dropout", "gumbel_softmax",
+    "rand_like", "randn_like", "randint_like", "bernoulli", "multinomial", "poisson", "normal", "dropout", "dropout1d",
+    "dropout2d", "binomial", "rrelu", "alpha_dropout", "feature_dropout", "gumbel_softmax",
 }  # fmt: skip
 # ``x += y`` rebinds a Python name, as it does for numbers; it is recorded as ``x + y``.
 _AUGMENTED = {
