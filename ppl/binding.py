@@ -65,7 +65,9 @@ def bind(
         DataError: sizes that disagree, unknown labels, a missing site, NaN in a covariate, a value outside a support.
     """
     plates = _Plates(graph, columns, sizes or {}, labels or {})
-    graph = replace(graph, plates={n: replace(p, size=plates.sizes[n]) for n, p in graph.plates.items()})
+    graph = replace(
+        graph, plates={n: replace(p, size=plates.sizes[n]) for n, p in graph.plates.items()}
+    )
     place = device or _device(columns)
     maps = {key: codes.to(place) for key, codes in plates.maps().items()}
     _check_picks(graph)
@@ -83,13 +85,19 @@ def bind(
                 values[variable.name] = _default(graph, variable, dtype, place)
             continue
         array = plates.array(variable, columns[variable.name])
-        tensor = array.to(place) if variable.index_of and variable.role == "given" else _numeric(array, dtype, place)
+        tensor = (
+            array.to(place)
+            if variable.index_of and variable.role == "given"
+            else _numeric(array, dtype, place)
+        )
         _check_shape(graph, variable, tensor)
         values[variable.name], mask = _check_values(graph, variable, tensor, plates.labels, missing)
         if mask is not None:
             masks[variable.name] = mask
             gone = int((~mask).sum())
-            report.append(f"{gone} of {mask.numel()} entries of '{variable.name}' are missing and were marginalised")
+            report.append(
+                f"{gone} of {mask.numel()} entries of '{variable.name}' are missing and were marginalised"
+            )
     report += _unused(graph, columns)
     return Bound(graph, values, masks, maps, plates.labels, dtype, place, tuple(report), columns)
 
@@ -98,7 +106,11 @@ class _Plates:
     """Sizes, labels and memberships of all plates, from the columns that speak of them."""
 
     def __init__(
-        self, graph: Graph, columns: Columns, sizes: Mapping[str, int], labels: Mapping[str, Sequence[Any]]
+        self,
+        graph: Graph,
+        columns: Columns,
+        sizes: Mapping[str, int],
+        labels: Mapping[str, Sequence[Any]],
     ) -> None:
         self.graph, self.columns = graph, columns
         for name in (*sizes, *labels):
@@ -116,19 +128,27 @@ class _Plates:
         for name in graph.plates:
             self.labels[name] = self._labels_of(name)
             self.sizes[name] = len(self.labels[name])
-        self._lookup = {n: {v: i for i, v in enumerate(ls)} for n, ls in self.labels.items() if not isinstance(ls, range)}
+        self._lookup = {
+            n: {v: i for i, v in enumerate(ls)}
+            for n, ls in self.labels.items()
+            if not isinstance(ls, range)
+        }
 
     # ---- sizes ----------------------------------------------------------------------------------------------
 
     def _claim_declared(self, sizes: Mapping[str, int]) -> None:
         for name, plate in self.graph.plates.items():
             if plate.size is not None:
-                self.claims[name].append((plate.size, f"plate('{name}', {plate.size}) at {plate.where}"))
+                self.claims[name].append(
+                    (plate.size, f"plate('{name}', {plate.size}) at {plate.where}")
+                )
             if name in sizes:
                 self.claims[name].append((int(sizes[name]), f"sizes={{'{name}': {sizes[name]}}}"))
             if name in self.given_labels:
                 self.claims[name].append((len(self.given_labels[name]), f"labels of '{name}'"))
-        for variable in self.graph.role("latent", "observed"):  # Categorical(weight, over=plate) fixes the size
+        for variable in self.graph.role(
+            "latent", "observed"
+        ):  # Categorical(weight, over=plate) fixes the size
             if variable.index_of and variable.cardinality:
                 claim = (variable.cardinality, f"the categories of '{variable.name}'")
                 self.claims[variable.index_of].append(claim)
@@ -140,9 +160,9 @@ class _Plates:
                 continue
             column.event_shape(variable.plates)
             shape = column.arranged(variable.plates).shape
-            for axis, plate in enumerate(variable.plates):
-                if self._key(column, plate, shape[axis]) is None:
-                    self.claims[plate].append((shape[axis], f"axis {axis} of '{variable.name}'"))
+            for axis, name in enumerate(variable.plates):
+                if self._key(column, name, shape[axis]) is None:
+                    self.claims[name].append((shape[axis], f"axis {axis} of '{variable.name}'"))
         for plate in self.graph.plates.values():
             for name in plate.columns:
                 column = self._membership_column(plate.name, name)
@@ -192,7 +212,9 @@ class _Plates:
     def _members(self, plate: str) -> list[str]:
         """Names of the columns that say which element of ``plate`` something lies within."""
         everything = self.graph.plates.values()
-        return [c for p in everything for c, q in zip(p.columns, p.parents, strict=True) if q == plate]
+        return [
+            c for p in everything for c, q in zip(p.columns, p.parents, strict=True) if q == plate
+        ]
 
     def _labels_of(self, plate: str) -> Sequence[Any]:
         if plate in self.given_labels:
@@ -200,7 +222,12 @@ class _Plates:
         claimed = self.claims[plate][0][0] if self.claims[plate] else None
         for variable in self.graph.role("observed", "given"):
             column = self.columns.get(variable.name)
-            if column is not None and column.coords and plate in column.coords and plate in variable.plates:
+            if (
+                column is not None
+                and column.coords
+                and plate in column.coords
+                and plate in variable.plates
+            ):
                 return _unique(plate, list(column.coords[plate]))
         found = [c for name in self._pointers(plate) for c in self.columns.all(name)]
         if not found:
@@ -215,7 +242,9 @@ class _Plates:
             )
         return range(claimed)
 
-    def _from_pointers(self, plate: str, found: Sequence[Column], claimed: int | None) -> Sequence[Any]:
+    def _from_pointers(
+        self, plate: str, found: Sequence[Column], claimed: int | None
+    ) -> Sequence[Any]:
         categories = next((c.categories for c in found if c.categories), None)
         if categories:
             return list(categories)
@@ -230,7 +259,11 @@ class _Plates:
         if claimed is None:
             return range(len(distinct)) if distinct == list(range(len(distinct))) else distinct
         if distinct and (distinct[0] < 0 or distinct[-1] >= claimed):
-            hint = " Positions start at 0: subtract 1." if distinct[0] == 1 and distinct[-1] == claimed else ""
+            hint = (
+                " Positions start at 0: subtract 1."
+                if distinct[0] == 1 and distinct[-1] == claimed
+                else ""
+            )
             raise DataError(
                 f"'{found[0].name}' points into plate '{plate}' of {claimed} elements: expected positions 0 to "
                 f"{claimed - 1}, got {distinct[0]} to {distinct[-1]}.{hint}"
@@ -262,14 +295,18 @@ class _Plates:
                 column = self._membership_column(plate.name, name)
                 codes = self.codes(column, parent)
                 maps[plate.name, parent] = self._per_element(column, codes, plate.name)
-        for plate in self.graph.plates:
-            for parent in self.graph.ancestors(plate):
-                if (plate, parent) not in maps:
-                    maps[plate, parent] = self._compose(maps, plate, parent)
+        for child in self.graph.plates:
+            for ancestor in self.graph.ancestors(child):
+                if (child, ancestor) not in maps:
+                    maps[child, ancestor] = self._compose(maps, child, ancestor)
         return maps
 
     def _compose(self, maps: dict[tuple[str, str], Tensor], plate: str, ancestor: str) -> Tensor:
-        ways = [p for p in self.graph.plates[plate].parents if p == ancestor or ancestor in self.graph.ancestors(p)]
+        ways = [
+            p
+            for p in self.graph.plates[plate].parents
+            if p == ancestor or ancestor in self.graph.ancestors(p)
+        ]
         found = []
         for way in ways:
             if (way, ancestor) not in maps:
@@ -296,7 +333,9 @@ class _Plates:
         first[codes.flip(0)] = torch.arange(len(codes)).flip(0)
         if bool((first < 0).any()):
             absent = [self.labels[plate][i] for i in torch.nonzero(first < 0)[:3, 0].tolist()]
-            raise DataError(f"'{column.name}' has no row for {plate} {absent}. Add rows for them, or drop the labels.")
+            raise DataError(
+                f"'{column.name}' has no row for {plate} {absent}. Add rows for them, or drop the labels."
+            )
         same = (moved == moved[first[codes]]) | (moved.isnan() & moved[first[codes]].isnan())
         bad = torch.nonzero(~same.reshape(len(codes), -1).all(1))
         if len(bad):
@@ -311,7 +350,9 @@ class _Plates:
     def array(self, variable: Variable, column: Column) -> Tensor:
         """The array of a variable, one entry an element of its plates."""
         if variable.index_of is not None and (variable.role == "given" or column.is_text):
-            array = self.codes(replace(column, values=column.arranged(variable.plates)), variable.index_of)
+            array = self.codes(
+                replace(column, values=column.arranged(variable.plates)), variable.index_of
+            )
         else:
             arranged = column.arranged(variable.plates)
             if not isinstance(arranged, Tensor):
@@ -334,7 +375,9 @@ class _Plates:
                 f"'{column.name}': its coordinate '{plate}' differs from the labels of the plate "
                 f"({len(absent)} labels are absent, the first is {absent[:1]}). Align the arrays, or drop the coordinate."
             )
-        return array.index_select(axis, torch.tensor([position[v] for v in labels], device=array.device))
+        return array.index_select(
+            axis, torch.tensor([position[v] for v in labels], device=array.device)
+        )
 
 
 def _check_picks(graph: Graph) -> None:
@@ -348,7 +391,9 @@ def _check_picks(graph: Graph) -> None:
 
 
 def _device(columns: Columns) -> torch.device:
-    devices = {c.values.device for n in columns for c in columns.all(n) if isinstance(c.values, Tensor)}
+    devices = {
+        c.values.device for n in columns for c in columns.all(n) if isinstance(c.values, Tensor)
+    }
     accelerators = [d for d in devices if d.type != "cpu"]
     return accelerators[0] if accelerators else torch.device("cpu")
 
@@ -381,7 +426,9 @@ def _distinct(column: Column) -> set[Any]:
 def _unique(plate: str, labels: list[Any]) -> list[Any]:
     if len(set(labels)) != len(labels):
         twice = next(v for i, v in enumerate(labels) if v in labels[:i])
-        raise DataError(f"labels of plate '{plate}': {twice!r} stands twice. Labels name elements, so each must be unique.")
+        raise DataError(
+            f"labels of plate '{plate}': {twice!r} stands twice. Labels name elements, so each must be unique."
+        )
     return labels
 
 
@@ -397,14 +444,22 @@ def _check_shape(graph: Graph, variable: Variable, tensor: Tensor) -> None:
         else "Open the plates that the array varies over; give a vector-valued law parameters of the event's shape."
     )
     where = ", ".join((variable.role, *(f"plate {p}" for p in variable.plates)))
-    raise DataError(f"'{variable.name}' ({where}): expected shape {expected}, got {list(tensor.shape)}. {remedy}")
+    raise DataError(
+        f"'{variable.name}' ({where}): expected shape {expected}, got {list(tensor.shape)}. {remedy}"
+    )
 
 
 def _check_values(
-    graph: Graph, variable: Variable, tensor: Tensor, labels: Mapping[str, Sequence[Any]], missing: Missing
+    graph: Graph,
+    variable: Variable,
+    tensor: Tensor,
+    labels: Mapping[str, Sequence[Any]],
+    missing: Missing,
 ) -> tuple[Tensor, Tensor | None]:
     """The array with missing entries filled by a legal value, and the mask of present entries."""
-    absent = tensor.isnan() if tensor.is_floating_point() else torch.zeros_like(tensor, dtype=torch.bool)
+    absent = (
+        tensor.isnan() if tensor.is_floating_point() else torch.zeros_like(tensor, dtype=torch.bool)
+    )
     if variable.role == "given":
         if bool(absent.any()) or bool(torch.isinf(tensor).any()):
             bad = absent | torch.isinf(tensor)
@@ -421,7 +476,9 @@ def _check_values(
                 f"{_place(variable, absent, labels)}. Drop them, or pass missing='marginalise'."
             )
         if bool(absent.all()):
-            raise DataError(f"'{variable.name}': every entry is missing. Leave the name out of the data to infer it.")
+            raise DataError(
+                f"'{variable.name}': every entry is missing. Leave the name out of the data to infer it."
+            )
         if graph.children(variable.name):
             raise DataError(
                 f"'{variable.name}': {int(absent.sum())} entries are missing, and {graph.children(variable.name)[0]!r} depends "
@@ -435,7 +492,9 @@ def _check_values(
     return _filled(graph, variable, tensor, absent), ~absent
 
 
-def _check_parts(graph: Graph, variable: Variable, absent: Tensor, labels: Mapping[str, Sequence[Any]]) -> None:
+def _check_parts(
+    graph: Graph, variable: Variable, absent: Tensor, labels: Mapping[str, Sequence[Any]]
+) -> None:
     """An event that is drawn as a whole is there as a whole, unless its marginals are known."""
     factor = graph.factors[variable.name]
     assert factor.law is not None
@@ -457,9 +516,15 @@ def _check_parts(graph: Graph, variable: Variable, absent: Tensor, labels: Mappi
         )
 
 
-def _check_support(variable: Variable, tensor: Tensor, absent: Tensor, labels: Mapping[str, Sequence[Any]]) -> None:
+def _check_support(
+    variable: Variable, tensor: Tensor, absent: Tensor, labels: Mapping[str, Sequence[Any]]
+) -> None:
     support = variable.support
-    if support is None or support is constraints.dependent or getattr(support, "is_discrete", False) is None:
+    if (
+        support is None
+        or support is constraints.dependent
+        or getattr(support, "is_discrete", False) is None
+    ):
         return
     valid = support.check(tensor if tensor.dtype != torch.bool else tensor.float())
     event = tensor.ndim - valid.ndim
@@ -483,7 +548,10 @@ def _filled(graph: Graph, variable: Variable, tensor: Tensor, absent: Tensor) ->
     event = len(variable.event_shape)
     if event == 0 or not _is_joint(graph, variable):
         return torch.where(absent, tensor[~absent][0], tensor)
-    flat, gone = tensor.reshape(-1, *variable.event_shape), absent.reshape(-1, *variable.event_shape)
+    flat, gone = (
+        tensor.reshape(-1, *variable.event_shape),
+        absent.reshape(-1, *variable.event_shape),
+    )
     whole = torch.nonzero(~gone.reshape(len(flat), -1).any(1))
     row = flat[int(whole[0, 0])] if len(whole) else torch.nan_to_num(flat).amax(0)
     return torch.where(gone, row, flat).reshape(tensor.shape)
@@ -499,13 +567,17 @@ def _place(variable: Variable, bad: Tensor, labels: Mapping[str, Sequence[Any]])
 
 
 def _unused(graph: Graph, columns: Columns) -> list[str]:
-    used = {v.name for v in graph.variables.values()} | {c for p in graph.plates.values() for c in p.columns}
+    used = {v.name for v in graph.variables.values()} | {
+        c for p in graph.plates.values() for c in p.columns
+    }
     used |= set(graph.plates)
     unused = [n for n in columns if n not in used and columns[n].table is None]
     for name in unused:
         close = nearest(name, [v.name for v in graph.latents])
         if close:
-            raise DataError(f"the data has '{name}', which the model does not know.{close} Rename it, or leave it out.")
+            raise DataError(
+                f"the data has '{name}', which the model does not know.{close} Rename it, or leave it out."
+            )
     return [f"not used: {', '.join(unused)}"] if unused else []
 
 

@@ -46,7 +46,11 @@ class Column:
             )
         order = [self.dims.index(p) for p in plates]
         order += [i for i in range(len(self.dims)) if i not in order]
-        return self.values.permute(order) if isinstance(self.values, Tensor) else self.values.transpose(order)
+        return (
+            self.values.permute(order)
+            if isinstance(self.values, Tensor)
+            else self.values.transpose(order)
+        )
 
     def event_shape(self, plates: tuple[str, ...]) -> tuple[int, ...]:
         """Shape of one element when ``plates`` are the leading axes."""
@@ -68,7 +72,9 @@ class Column:
             )
         values = self.arranged(plates)
         if values.numel() == 0:  # type: ignore[union-attr]
-            raise DataError(f"'{self.name}' is empty: got shape {list(values.shape)}. Pass at least one element.")
+            raise DataError(
+                f"'{self.name}' is empty: got shape {list(values.shape)}. Pass at least one element."
+            )
         first = values[(0,) * len(plates)].reshape(shape)  # type: ignore[union-attr]
         return first.to(device="cpu", dtype=torch.bool if first.dtype == torch.bool else dtype)
 
@@ -161,7 +167,9 @@ def read_column(name: str, value: Any) -> Column:
 
 
 def _from_frame(name: str, series: Any, table: int) -> Column:
-    return Column(name, _as_array(name, series.to_numpy()), table=table, categories=_categories(series))
+    return Column(
+        name, _as_array(name, series.to_numpy()), table=table, categories=_categories(series)
+    )
 
 
 def _from_xarray(name: str, array: Any) -> Column:
@@ -189,7 +197,7 @@ def _as_array(name: str, value: Any) -> Tensor | np.ndarray:
             f"'{name}': the rows have different lengths ({error}). Use a flat array and plate(..., within=parent)."
         ) from None
     if isinstance(value, np.ma.MaskedArray):
-        array = value.astype(float).filled(np.nan)
+        array = np.ma.filled(value.astype(float), np.nan)
     if array.dtype == object:
         array = _from_objects(name, array)
     if array.dtype.kind in "US":
@@ -197,7 +205,9 @@ def _as_array(name: str, value: Any) -> Tensor | np.ndarray:
     if array.dtype.kind in "mM":
         raise DataError(f"'{name}' holds dates. Pass labels={{plate: dates}}, or numbers of days.")
     if array.dtype.kind not in "biuf":
-        raise DataError(f"'{name}': expected numbers or labels, got entries of type {array.dtype}. Convert the column.")
+        raise DataError(
+            f"'{name}': expected numbers or labels, got entries of type {array.dtype}. Convert the column."
+        )
     if not array.flags.writeable or any(s < 0 for s in array.strides) or not array.dtype.isnative:
         array = np.array(array, dtype=array.dtype.newbyteorder("="))
     if array.dtype.kind == "u" and array.dtype.itemsize > 1:
@@ -211,7 +221,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, range):
         return list(value)
     if isinstance(value, (list, tuple)) and any(isinstance(v, str) for v in value):
-        return np.array(value, dtype=object)  # NumPy would write numbers and None among text as text
+        return np.array(
+            value, dtype=object
+        )  # NumPy would write numbers and None among text as text
     return value
 
 
@@ -226,10 +238,14 @@ def _from_objects(name: str, array: np.ndarray) -> np.ndarray:
             )
         return array.astype(str)
     try:
-        return np.array([np.nan if e else float(v) for v, e in zip(flat, empty, strict=True)]).reshape(array.shape)
+        return np.array(
+            [np.nan if e else float(v) for v, e in zip(flat, empty, strict=True)]
+        ).reshape(array.shape)
     except (TypeError, ValueError):
         kinds = sorted({type(v).__name__ for v in flat})
-        raise DataError(f"'{name}': expected numbers or labels, got a mixture of {kinds}. Convert the column.") from None
+        raise DataError(
+            f"'{name}': expected numbers or labels, got a mixture of {kinds}. Convert the column."
+        ) from None
 
 
 def _is_missing(value: Any) -> bool:
@@ -242,4 +258,6 @@ def _check_duplicates(columns: Sequence[Column]) -> None:
     for column in columns:
         first = seen.setdefault(column.name, column)
         if first is not column and column.table is None and first.table is None:
-            raise DataError(f"'{column.name}' stands in two of the mappings. Keep one, or rename it.")
+            raise DataError(
+                f"'{column.name}' stands in two of the mappings. Keep one, or rename it."
+            )

@@ -93,7 +93,8 @@ def _by_vmap(
     operands = [c.lifted(o, axes) for o in everything]
     batch = everything[0].event_ndim - law.family.event_dim
     run = operations.mapped(
-        partial(_evaluate, law.family, batch, masked), [[a in o.axes for o in operands] for a in axes]
+        partial(_evaluate, law.family, batch, masked),
+        [[a in o.axes for o in operands] for a in axes],
     )
     return c.emit(run, *(o.slot for o in operands))
 
@@ -141,16 +142,16 @@ def marginal_log_prob(law: MultivariateNormal, value: Tensor, mask: Tensor) -> T
     chol = torch.linalg.cholesky(torch.where(both, covariance, eye))
     white = torch.linalg.solve_triangular(chol, residual.unsqueeze(-1), upper=False).squeeze(-1)
     log_det = chol.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    present = mask.sum(-1, dtype=covariance.dtype)  # a whole number times a float is single precision
+    present = mask.sum(
+        -1, dtype=covariance.dtype
+    )  # a whole number times a float is single precision
     return -0.5 * white.square().sum(-1) - log_det - _HALF_LOG_2PI * present
 
 
 # ---- Normal vectors as a matrix product ----------------------------------------------------------
 
 
-def _is_inner_product(
-    c: Compiler, law: Law, value: Operand, arguments: Sequence[Operand]
-) -> bool:
+def _is_inner_product(c: Compiler, law: Law, value: Operand, arguments: Sequence[Operand]) -> bool:
     """A Normal on vectors whose value and parameters have axes of their own."""
     if type(law.family) is not Normal or value.event_ndim != 1 or c.rules != "all":
         return False
@@ -201,8 +202,13 @@ class Room:
         flat, count = self._flat, getattr(torch._C, "_storage_Use_Count", None)
         if flat is None or count is None:
             return False
-        same = flat.numel() == math.prod(shape) and (flat.dtype, flat.device) == (like.dtype, like.device)
-        return same and bool(count(flat.untyped_storage()._cdata) <= 2)  # this tensor and the storage just asked for
+        same = flat.numel() == math.prod(shape) and (flat.dtype, flat.device) == (
+            like.dtype,
+            like.device,
+        )
+        return same and bool(
+            count(flat.untyped_storage()._cdata) <= 2
+        )  # this tensor and the storage just asked for
 
 
 def _normal_inner_product(

@@ -141,7 +141,10 @@ def _linear(c: Compiler, node: Node) -> Operand | None:
     product = _einsum(c, node, (x, weight), f"{rows}i,oi->{rows}o")
     if given.get("bias") is None:
         return product
-    bias, event = c.operand(given["bias"]), x.event_ndim  # the bias stands along the last event axis
+    bias, event = (
+        c.operand(given["bias"]),
+        x.event_ndim,
+    )  # the bias stands along the last event axis
     axes = c.joint_axes((product, bias), node.plates)
     slot = c.emit(torch.add, c.place(product, axes), c.place(bias, axes, event))
     return Operand(slot, axes, event)
@@ -322,7 +325,11 @@ _OPS: Mapping[str, Callable[[Compiler, Node], Operand]] = {
     "shift": _shift,
     "collect": _collect,
 }
-_REDUCTIONS: Mapping[str, Callable[..., Tensor]] = {"sum": torch.sum, "mean": torch.mean, "logsumexp": torch.logsumexp}
+_REDUCTIONS: Mapping[str, Callable[..., Tensor]] = {
+    "sum": torch.sum,
+    "mean": torch.mean,
+    "logsumexp": torch.logsumexp,
+}
 
 
 # ---- plain functions -----------------------------------------------------------------------------

@@ -44,7 +44,18 @@ class Node:
     """One recorded operation; ``args`` and ``kwargs`` hold :class:`Ref` in the place of operands."""
 
     id: int
-    op: Literal["variable", "call", "item", "gather", "reduce", "dot", "pick", "shift", "collect", "previous"]
+    op: Literal[
+        "variable",
+        "call",
+        "item",
+        "gather",
+        "reduce",
+        "dot",
+        "pick",
+        "shift",
+        "collect",
+        "previous",
+    ]
     func: Callable[..., Any] | None
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -106,8 +117,12 @@ class Factor:
     plates: tuple[str, ...]
     scope: tuple[str, ...]  # variable names, child first
     law: Law | None = None
-    value: Any = None  # Ref of the child or expression; the log-density of a potential without a law
-    chain: tuple[str, Law] | None = None  # ordered plate and transition law; `law` is then that of the first element
+    value: Any = (
+        None  # Ref of the child or expression; the log-density of a potential without a law
+    )
+    chain: tuple[str, Law] | None = (
+        None  # ordered plate and transition law; `law` is then that of the first element
+    )
     where: Where = Where("", 0)
 
 
@@ -239,7 +254,9 @@ def ancestors(plates: Mapping[str, Plate], name: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def maximal(plates: Mapping[str, Plate], names: tuple[str, ...] | frozenset[str]) -> tuple[str, ...]:
+def maximal(
+    plates: Mapping[str, Plate], names: tuple[str, ...] | frozenset[str]
+) -> tuple[str, ...]:
     """Drop every plate that another one of ``names`` lies within; keep the order of declaration."""
     implied = {a for name in names for a in ancestors(plates, name)}
     return tuple(p for p in plates if p in names and p not in implied)

@@ -61,7 +61,9 @@ class Model(Generic[P]):
         structure = {**self.structure, **bound.arguments}
         if trace.TRACE.get() is not None:
             return self.function(**structure)
-        arrays = [k for k, v in structure.items() if hasattr(v, "shape") and getattr(v, "ndim", 0) > 0]
+        arrays = [
+            k for k, v in structure.items() if hasattr(v, "shape") and getattr(v, "ndim", 0) > 0
+        ]
         if arrays:
             raise ModelError(
                 f"{self.name}({arrays[0]}=...) is an array. A model's parameters are structure (sizes, flags); pass arrays "
@@ -71,7 +73,9 @@ class Model(Generic[P]):
 
     def condition(self, **values: Any) -> Model[P]:
         """The model with these sites observed at these values, as if they stood in the data."""
-        return Model(self.function, self.structure, {**self.conditions, **values}, self.interventions)
+        return Model(
+            self.function, self.structure, {**self.conditions, **values}, self.interventions
+        )
 
     def do(self, **values: Any) -> Model[P]:
         """The model with these sites set from outside: their own laws are cut, what depends on them stays.
@@ -83,7 +87,9 @@ class Model(Generic[P]):
         >>> sorted(sprinkler.do(rain=2.0).graph().factors)
         ['wet']
         """
-        return Model(self.function, self.structure, self.conditions, {**self.interventions, **values})
+        return Model(
+            self.function, self.structure, self.conditions, {**self.interventions, **values}
+        )
 
     def graph(
         self,

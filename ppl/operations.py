@@ -38,7 +38,11 @@ REDUCTIONS = {
 
 
 def reduction(
-    name: str, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], event_ndim: int
+    name: str,
+    func: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    event_ndim: int,
 ) -> Callable[[Tensor], Tensor] | None:
     """A reduction over event axes with its dims counted from the end; None when vmap has to do it."""
     rest = list(args[1:])
@@ -50,11 +54,15 @@ def reduction(
         if not REDUCTIONS[name]:
             return None
         if event_ndim == 0:
-            return (lambda x: x) if name in ("sum", "mean", "prod", "amax", "amin", "nansum") else None
+            return (
+                (lambda x: x) if name in ("sum", "mean", "prod", "amax", "amin", "nansum") else None
+            )
         dim = tuple(range(-event_ndim, 0))
     if event_ndim == 0:
         return None
-    dims = tuple(d - event_ndim if d >= 0 else d for d in (dim if isinstance(dim, (tuple, list)) else (dim,)))
+    dims = tuple(
+        d - event_ndim if d >= 0 else d for d in (dim if isinstance(dim, (tuple, list)) else (dim,))
+    )
     if name in ("prod", "all", "any", "argmax", "argmin"):  # they take one dimension
         if len(dims) != 1:
             return None

@@ -73,7 +73,9 @@ def _plain_access(graph: Graph, factor: Factor, name: str) -> Access:
     return "gather" if plates <= graph.closure(factor.plates) else "all"
 
 
-def degree(graph: Graph, item: Any, latents: frozenset[str], memo: dict[int, Degree] | None = None) -> Degree:
+def degree(
+    graph: Graph, item: Any, latents: frozenset[str], memo: dict[int, Degree] | None = None
+) -> Degree:
     """Degree of an expression in ``latents``; products with covariates and params stay affine.
 
     >>> @model
@@ -97,7 +99,9 @@ def degree(graph: Graph, item: Any, latents: frozenset[str], memo: dict[int, Deg
     return memo[item.id]
 
 
-def _node_degree(graph: Graph, node: Node, latents: frozenset[str], memo: dict[int, Degree]) -> Degree:
+def _node_degree(
+    graph: Graph, node: Node, latents: frozenset[str], memo: dict[int, Degree]
+) -> Degree:
     if node.op in ("variable", "previous"):
         return Degree.AFFINE if node.name in latents else Degree.CONSTANT
     parts = [degree(graph, Ref(i), latents, memo) for i in node.operands()]
@@ -115,7 +119,9 @@ def _node_degree(graph: Graph, node: Node, latents: frozenset[str], memo: dict[i
     return _call_degree(graph, node, parts, top, latents)
 
 
-def _call_degree(graph: Graph, node: Node, parts: Sequence[Degree], top: Degree, latents: frozenset[str]) -> Degree:
+def _call_degree(
+    graph: Graph, node: Node, parts: Sequence[Degree], top: Degree, latents: frozenset[str]
+) -> Degree:
     if node.name == "getitem":
         return parts[0] if all(p == Degree.CONSTANT for p in parts[1:]) else Degree.NONLINEAR
     if node.name in _LINEAR or node.name in _SUM:
@@ -131,7 +137,9 @@ def _call_degree(graph: Graph, node: Node, parts: Sequence[Degree], top: Degree,
     return Degree.NONLINEAR
 
 
-def _product(graph: Graph, operands: Sequence[int], parts: Sequence[Degree], latents: frozenset[str]) -> Degree:
+def _product(
+    graph: Graph, operands: Sequence[int], parts: Sequence[Degree], latents: frozenset[str]
+) -> Degree:
     varying = [i for i, p in zip(operands, parts, strict=True) if p != Degree.CONSTANT]
     if not varying:
         return Degree.CONSTANT

@@ -26,7 +26,10 @@ class PlateHandle:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         position = len(self._trace.open) - 1 - self._trace.open[::-1].index(self.name)
         del self._trace.open[position]
@@ -122,7 +125,9 @@ def plate_name(trace: Trace, handle: PlateHandle | str | None) -> str | None:
         return None
     name = handle.name if isinstance(handle, PlateHandle) else handle
     if name not in trace.plates:
-        raise ModelError(f"there is no plate '{name}'. Declared: {', '.join(trace.plates) or 'none'}.")
+        raise ModelError(
+            f"there is no plate '{name}'. Declared: {', '.join(trace.plates) or 'none'}."
+        )
     return name
 
 
@@ -166,7 +171,9 @@ def dot(a: Tensor, b: Tensor, *, over: PlateHandle | str) -> Value:
     assert isinstance(a, Value) and isinstance(b, Value)
     result = trace.evaluate(torch.mul, "dot", (a, b), {}, [a, b])
     plates = _plates_after(trace, [*a.node.plates, *b.node.plates], name)
-    return trace.add_node("dot", result, (trace.operand(a), trace.operand(b)), plates=plates, name=name)
+    return trace.add_node(
+        "dot", result, (trace.operand(a), trace.operand(b)), plates=plates, name=name
+    )
 
 
 def pick(x: Tensor, **at: int) -> Value:
@@ -181,7 +188,9 @@ def pick(x: Tensor, **at: int) -> Value:
             )
         _check_reduced(trace, x, name, "pick")
         plates = tuple(p for p in x.node.plates if p != name)  # type: ignore[attr-defined]
-        x = trace.add_node("pick", prototype(x), (trace.operand(x), position), plates=plates, name=name)
+        x = trace.add_node(
+            "pick", prototype(x), (trace.operand(x), position), plates=plates, name=name
+        )
     return x  # type: ignore[return-value]
 
 
@@ -194,12 +203,16 @@ def shift(x: Tensor, along: PlateHandle | str, k: int = 1) -> Value:
     name = plate_name(trace, along)
     assert name is not None
     if not trace.plates[name].ordered:
-        raise ModelError(f"shift needs an ordered plate. Declare it: plate('{name}', ordered=True).")
+        raise ModelError(
+            f"shift needs an ordered plate. Declare it: plate('{name}', ordered=True)."
+        )
     refuse_ragged(trace, name, "shift")
     if not is_traced(x) or name not in x.node.plates:  # type: ignore[attr-defined]
         raise ModelError(f"shift along '{name}' needs a value that varies over that plate.")
     trace.check_visible(x)  # type: ignore[arg-type]
-    return trace.add_node("shift", prototype(x), (trace.operand(x), k), plates=x.node.plates, name=name)  # type: ignore[attr-defined]
+    return trace.add_node(
+        "shift", prototype(x), (trace.operand(x), k), plates=x.node.plates, name=name
+    )  # type: ignore[attr-defined]
 
 
 def collect(x: Tensor, *, over: tuple[PlateHandle | str, ...]) -> Value:
@@ -229,7 +242,9 @@ def collect(x: Tensor, *, over: tuple[PlateHandle | str, ...]) -> Value:
     element = prototype(x)
     result = element.expand(*(h.size for h in handles), *element.shape).clone()
     plates = tuple(p for p in x.node.plates if p not in names)  # type: ignore[attr-defined]
-    return trace.add_node("collect", result, (trace.operand(x),), plates=plates, name=",".join(names))
+    return trace.add_node(
+        "collect", result, (trace.operand(x),), plates=plates, name=",".join(names)
+    )
 
 
 def refuse_ragged(trace: Trace, plate: str, word: str) -> None:
@@ -249,7 +264,9 @@ def _reduce(kind: str, x: Tensor, over: PlateHandle | str) -> Value:
     assert name is not None
     _check_reduced(trace, x, name, kind)
     plates = _plates_after(trace, list(x.node.plates), name)  # type: ignore[attr-defined]
-    return trace.add_node("reduce", prototype(x), (trace.operand(x), kind), plates=plates, name=name)
+    return trace.add_node(
+        "reduce", prototype(x), (trace.operand(x), kind), plates=plates, name=name
+    )
 
 
 def _plates_after(trace: Trace, plates: list[str], over: str) -> tuple[str, ...]:
@@ -279,7 +296,9 @@ def _parent_name(name: str, parent: Any) -> str:
     return parent.name
 
 
-def _columns(name: str, parents: tuple[str, ...], by: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def _columns(
+    name: str, parents: tuple[str, ...], by: str | tuple[str, ...] | None
+) -> tuple[str, ...]:
     columns = parents if by is None else (by,) if isinstance(by, str) else tuple(by)
     if len(columns) != len(parents):
         raise ModelError(
@@ -288,4 +307,15 @@ def _columns(name: str, parents: tuple[str, ...], by: str | tuple[str, ...] | No
     return columns
 
 
-__all__ = ["PlateHandle", "collect", "dot", "logsumexp", "mean", "pick", "plate", "plate_name", "shift", "sum"]
+__all__ = [
+    "PlateHandle",
+    "collect",
+    "dot",
+    "logsumexp",
+    "mean",
+    "pick",
+    "plate",
+    "plate_name",
+    "shift",
+    "sum",
+]

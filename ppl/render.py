@@ -43,9 +43,15 @@ def as_dot(graph: Graph) -> str:
     lines = [f'digraph "{graph.name}" {{', "  rankdir=TB; node [fontname=Helvetica, fontsize=11];"]
     lines += _dot_box(graph, _boxes(graph), "  ")
     for f in graph.factors.values():
-        lines.append(f'  "f:{f.name}" [shape=box, height=0.2, width=0.2, fontsize=9, label="{_label(f)}"];')
+        lines.append(
+            f'  "f:{f.name}" [shape=box, height=0.2, width=0.2, fontsize=9, label="{_label(f)}"];'
+        )
         for name in f.scope:
-            edge = f'"f:{f.name}" -> "{name}"' if name == f.name else f'"{name}" -> "f:{f.name}" [dir=none]'
+            edge = (
+                f'"f:{f.name}" -> "{name}"'
+                if name == f.name
+                else f'"{name}" -> "f:{f.name}" [dir=none]'
+            )
             lines.append(f"  {edge};")
     return "\n".join([*lines, "}"])
 
@@ -95,7 +101,11 @@ def _variable_line(v: Variable, width: int) -> str:
 def _factor_line(graph: Graph, f: Factor) -> str:
     text = f"  {_label(f)}"
     others = [n for n in f.scope if n != f.name]
-    body = f"{f.name} | {', '.join(others)}" if f.kind == "conditional" and others else ", ".join(f.scope)
+    body = (
+        f"{f.name} | {', '.join(others)}"
+        if f.kind == "conditional" and others
+        else ", ".join(f.scope)
+    )
     text += f"({body})"
     if f.plates:
         text += f" for each {', '.join(f.plates)}"
@@ -114,7 +124,9 @@ def _label(f: Factor) -> str:
 
 
 def _dot_style(v: Variable) -> str:
-    fill = {"observed": 'style=filled, fillcolor="#d8d8d8"', "given": "shape=plaintext"}.get(v.role, "")
+    fill = {"observed": 'style=filled, fillcolor="#d8d8d8"', "given": "shape=plaintext"}.get(
+        v.role, ""
+    )
     return fill or ("shape=diamond" if v.role == "param" else "shape=ellipse")
 
 

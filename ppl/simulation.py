@@ -70,7 +70,13 @@ def _needed(bound: Bound, sites: Sequence[str]) -> set[str]:
 
 class _Simulation:
     def __init__(self, bound: Bound, n: int, streams: Streams, known: Mapping[str, Known]) -> None:
-        self.bound, self.graph, self.n, self.streams, self.known = bound, bound.graph, n, streams, known
+        self.bound, self.graph, self.n, self.streams, self.known = (
+            bound,
+            bound.graph,
+            n,
+            streams,
+            known,
+        )
         self.drawn: dict[str, Tensor] = {}
         self.order = (DRAW, *self.graph.plates)
         self.axes: dict[str, tuple[str, ...]] = {}
@@ -87,7 +93,10 @@ class _Simulation:
                 self.axes[v.name] = (DRAW, *v.plates)
         for name, entry in known.items():
             if name in self.graph.variables and self.graph.variables[name].role == "param":
-                self.arrays[name], self.axes[name] = entry.values, (DRAW, *self.graph.variables[name].plates)
+                self.arrays[name], self.axes[name] = (
+                    entry.values,
+                    (DRAW, *self.graph.variables[name].plates),
+                )
 
     def visit(self, factor: Factor) -> None:
         if factor.kind == "potential":
@@ -110,8 +119,12 @@ class _Simulation:
         shape = (self.n, *self.bound.shape(variable))
         compiler = self._compiler()
         arguments = compiler.arguments(law)
-        leaves = self._evaluate(compiler, law, arguments, (DRAW, *variable.plates), variable, self.arrays)
-        draw = _without_edges(_sample(variable, law, leaves, shape, self.streams), variable, arguments)
+        leaves = self._evaluate(
+            compiler, law, arguments, (DRAW, *variable.plates), variable, self.arrays
+        )
+        draw = _without_edges(
+            _sample(variable, law, leaves, shape, self.streams), variable, arguments
+        )
         return _mixed(draw, entry, variable)
 
     def _chain(self, factor: Factor, variable: Variable, entry: Known | None) -> Tensor:
@@ -150,7 +163,14 @@ class _Simulation:
         queue, seen = list(refs(law.arguments)), set()
         while queue:
             node = self.graph.nodes[queue.pop()]
-            if node.op in ("gather", "reduce", "dot", "pick", "shift", "collect") and plate in node.name.split(","):
+            if node.op in (
+                "gather",
+                "reduce",
+                "dot",
+                "pick",
+                "shift",
+                "collect",
+            ) and plate in node.name.split(","):
                 return True
             seen.add(node.id)
             queue.extend(i for i in node.operands() if i not in seen)
@@ -178,7 +198,9 @@ class _Simulation:
         return value.expand(self.n, *(self.bound.size(p) for p in factor.plates), *event)
 
     def _compiler(self) -> Compiler:
-        return Compiler(self.graph, self.axes, self.order, dtype=self.bound.dtype, device=self.bound.device)
+        return Compiler(
+            self.graph, self.axes, self.order, dtype=self.bound.dtype, device=self.bound.device
+        )
 
     def _evaluate(
         self,
@@ -195,7 +217,9 @@ class _Simulation:
         leaves = lowered({k: arrays[k] for k in lowered.inputs})
         if not is_foreign(law.family):
             return leaves
-        full = [len(axes) + rank for rank in ranks]  # every axis in its place: elements are drawn one by one
+        full = [
+            len(axes) + rank for rank in ranks
+        ]  # every axis in its place: elements are drawn one by one
         return [x[(None,) * (n - x.ndim)] for x, n in zip(leaves, full, strict=True)]
 
 
@@ -219,7 +243,11 @@ def _sample(
 
 
 def _sample_each(
-    family: Distribution, leaves: Sequence[Tensor], batch: tuple[int, ...], n: int, generator: torch.Generator
+    family: Distribution,
+    leaves: Sequence[Tensor],
+    batch: tuple[int, ...],
+    n: int,
+    generator: torch.Generator,
 ) -> Tensor:
     # A foreign distribution knows only the shape of one element; it is drawn from element by element.
     lead, own = batch[:n], batch[n:]

@@ -44,7 +44,13 @@ def latent(name: str, dist: Any, *, shape: int | Sequence[int] = ()) -> Value:
     (2,)
     """
     trace = active("latent")
-    return _declare(trace, trace.full_name(name), as_distribution(dist), shape, role_of(trace, trace.full_name(name)))
+    return _declare(
+        trace,
+        trace.full_name(name),
+        as_distribution(dist),
+        shape,
+        role_of(trace, trace.full_name(name)),
+    )
 
 
 def observe(name: str, dist: Any) -> Value:
@@ -62,7 +68,9 @@ def observe(name: str, dist: Any) -> Value:
     return _declare(trace, trace.full_name(name), as_distribution(dist), (), "observed")
 
 
-def given(name: str, *, index: PlateHandle | str | None = None, default: float | Tensor | None = None) -> Value:
+def given(
+    name: str, *, index: PlateHandle | str | None = None, default: float | Tensor | None = None
+) -> Value:
     """A covariate: the array of this name, one element of it for the open plates.
 
     Args:
@@ -88,7 +96,13 @@ def given(name: str, *, index: PlateHandle | str | None = None, default: float |
     plates = trace.open_plates()
     element = _given_element(trace, full, plates, index, default)
     variable = Variable(
-        full, "given", plates, tuple(element.shape), index_of=plate_name(trace, index), where=user_line(), initial=default
+        full,
+        "given",
+        plates,
+        tuple(element.shape),
+        index_of=plate_name(trace, index),
+        where=user_line(),
+        initial=default,
     )
     return trace.add_variable(variable, element)
 
@@ -129,7 +143,15 @@ def factor(name: str, what: Any, *, at: Any = None) -> None:
     operand = trace.operand(value)
     scope = trace.upstream(*(law.arguments if law else ()), operand)
     trace.add_factor(
-        Factor(full, "potential", trace.open_plates(), tuple(scope), law=law, value=operand, where=user_line())
+        Factor(
+            full,
+            "potential",
+            trace.open_plates(),
+            tuple(scope),
+            law=law,
+            value=operand,
+            where=user_line(),
+        )
     )
 
 
@@ -148,7 +170,9 @@ def deterministic(name: str, value: Any) -> Value:
     trace.check_visible(value)
     operand = trace.operand(value)
     scope = tuple(trace.upstream(operand))
-    trace.add_factor(Factor(full, "deterministic", value.node.plates, scope, value=operand, where=user_line()))
+    trace.add_factor(
+        Factor(full, "deterministic", value.node.plates, scope, value=operand, where=user_line())
+    )
     return value
 
 
@@ -163,7 +187,9 @@ def param(name: str, init: float | Tensor, *, support: Any = constraints.real) -
     trace = active("param")
     element = torch.as_tensor(init, dtype=trace.dtype)
     if not bool(torch.all(support.check(element))):
-        raise ModelError(f"param '{name}' starts at {init}, outside its support {support}. Choose a start inside it.")
+        raise ModelError(
+            f"param '{name}' starts at {init}, outside its support {support}. Choose a start inside it."
+        )
     variable = Variable(
         trace.full_name(name),
         "param",
@@ -197,7 +223,9 @@ def scope(prefix: str) -> Iterator[None]:
         trace.prefix = outer
 
 
-def _declare(trace: Trace, name: str, dist: Distribution, shape: int | Sequence[int], role: Any) -> Value:
+def _declare(
+    trace: Trace, name: str, dist: Distribution, shape: int | Sequence[int], role: Any
+) -> Value:
     trace.claim(name)
     if name in trace.interventions:
         return _intervened(trace, name, dist)
@@ -211,12 +239,22 @@ def _declare(trace: Trace, name: str, dist: Distribution, shape: int | Sequence[
     value = trace.add_variable(variable, _draw(trace, variable, concrete))
     names = (name, *scope_names)
     trace.add_factor(
-        Factor(name, "conditional", plates, names, law=law, value=trace.operand(value), where=variable.where)
+        Factor(
+            name,
+            "conditional",
+            plates,
+            names,
+            law=law,
+            value=trace.operand(value),
+            where=variable.where,
+        )
     )
     return value
 
 
-def _declare_chain(trace: Trace, name: str, dist: Markov, shape: int | Sequence[int], role: Any) -> Value:
+def _declare_chain(
+    trace: Trace, name: str, dist: Markov, shape: int | Sequence[int], role: Any
+) -> Value:
     plates = trace.open_plates()
     ordered = [p for p in plates if trace.plates[p].ordered]
     if not ordered:
@@ -234,7 +272,9 @@ def _declare_chain(trace: Trace, name: str, dist: Markov, shape: int | Sequence[
     event = _event_shape(name, concrete, shape)
     variable = _variable(name, role, plates, event, as_distribution(dist.init), concrete)
     element = _draw(trace, variable, concrete)
-    previous = trace.add_node("previous", element, (), plates=plates, name=name, index_of=variable.index_of)
+    previous = trace.add_node(
+        "previous", element, (), plates=plates, name=name, index_of=variable.index_of
+    )
     transition, _ = trace.law(as_distribution(dist.step(previous)))
     parents = trace.upstream(*initial.arguments, *transition.arguments)
     value = trace.add_variable(variable, element)
@@ -259,7 +299,9 @@ def _intervened(trace: Trace, name: str, dist: Distribution) -> Value:
         element = torch.zeros(trace.columns[name].event_shape(plates), dtype=torch.long)
     else:
         element = trace.columns[name].element(plates, trace.dtype)
-    variable = Variable(name, "given", plates, tuple(element.shape), index_of=index_of, where=user_line())
+    variable = Variable(
+        name, "given", plates, tuple(element.shape), index_of=index_of, where=user_line()
+    )
     return trace.add_variable(variable, element)
 
 
@@ -269,7 +311,12 @@ def _index_of(dist: Distribution) -> str | None:
 
 
 def _variable(
-    name: str, role: Any, plates: tuple[str, ...], event: tuple[int, ...], dist: Distribution, concrete: Distribution
+    name: str,
+    role: Any,
+    plates: tuple[str, ...],
+    event: tuple[int, ...],
+    dist: Distribution,
+    concrete: Distribution,
 ) -> Variable:
     values = dist.enumerate_support() if concrete.is_discrete and concrete.event_dim == 0 else None
     return Variable(

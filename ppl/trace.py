@@ -49,14 +49,18 @@ def active(word: str) -> Trace:
     """The trace that is under way, or an error that names the word used outside of one."""
     trace = TRACE.get()
     if trace is None:
-        raise ModelError(f"'{word}' is a word of a model. Use it inside a function decorated with @model.")
+        raise ModelError(
+            f"'{word}' is a word of a model. Use it inside a function decorated with @model."
+        )
     return trace
 
 
 class Trace:
     """State of one run of a model function; :meth:`graph` is what it leaves behind."""
 
-    def __init__(self, columns: Mapping[str, Column], interventions: Iterable[str], dtype: torch.dtype) -> None:
+    def __init__(
+        self, columns: Mapping[str, Column], interventions: Iterable[str], dtype: torch.dtype
+    ) -> None:
         self.columns = columns
         self.interventions = frozenset(interventions)
         self.dtype = dtype
@@ -101,7 +105,9 @@ class Trace:
 
     def check_visible(self, value: Value, reduced: frozenset[str] = frozenset()) -> None:
         """Raise at the user's line when ``value`` varies over a plate that is not open."""
-        hidden = [p for p in value.node.plates if p not in self.visible_plates() and p not in reduced]
+        hidden = [
+            p for p in value.node.plates if p not in self.visible_plates() and p not in reduced
+        ]
         if not hidden:
             self._check_unambiguous(value, reduced)
             return
@@ -148,7 +154,15 @@ class Trace:
     ) -> Value:
         """Append a node and return its value."""
         node = Node(
-            len(self.nodes), op, func, args, kwargs or {}, plates, tuple(result.shape), user_line(), name
+            len(self.nodes),
+            op,
+            func,
+            args,
+            kwargs or {},
+            plates,
+            tuple(result.shape),
+            user_line(),
+            name,
         )
         self.nodes.append(node)
         upstream = frozenset({name}) if op in ("variable", "previous") else frozenset()
@@ -172,17 +186,33 @@ class Trace:
         args, kwargs = substitute(args, self.plain), substitute(kwargs, self.plain)
         result = self.evaluate(func, name, args, kwargs, operands)
         plates = self.joint_plates(v.node.plates for v in operands)
-        recorded = {"args": substitute(args, self.operand), "kwargs": substitute(kwargs, self.operand)}
+        recorded = {
+            "args": substitute(args, self.operand),
+            "kwargs": substitute(kwargs, self.operand),
+        }
         if isinstance(result, Tensor):
             return self.add_node(
-                "call", result, recorded["args"], kwargs=recorded["kwargs"], plates=plates, func=func, name=name
+                "call",
+                result,
+                recorded["args"],
+                kwargs=recorded["kwargs"],
+                plates=plates,
+                func=func,
+                name=name,
             )
         if isinstance(result, (tuple, list)) and all(isinstance(r, Tensor) for r in result):
             whole = self.add_node(
-                "call", result[0], recorded["args"], kwargs=recorded["kwargs"], plates=plates, func=func, name=name
+                "call",
+                result[0],
+                recorded["args"],
+                kwargs=recorded["kwargs"],
+                plates=plates,
+                func=func,
+                name=name,
             )
             parts = [
-                self.add_node("item", r, (Ref(whole.node.id), i), plates=plates, name=name) for i, r in enumerate(result)
+                self.add_node("item", r, (Ref(whole.node.id), i), plates=plates, name=name)
+                for i, r in enumerate(result)
             ]
             return type(result)(*parts) if hasattr(result, "_fields") else type(result)(parts)
         if name in _COMPARISONS:
@@ -218,7 +248,9 @@ class Trace:
         """What a node stores for an operand: a reference for values, the leaf itself otherwise."""
         if isinstance(leaf, Value):
             if leaf.node.id >= len(self.nodes) or self.nodes[leaf.node.id] is not leaf.node:
-                raise ModelError("this value belongs to another model. Values cannot travel between models.")
+                raise ModelError(
+                    "this value belongs to another model. Values cannot travel between models."
+                )
             return Ref(leaf.node.id)
         return leaf
 
@@ -263,12 +295,16 @@ class Trace:
         result = self.evaluate(Tensor.__getitem__, "getitem", (prototype(x), at), {}, operands)
         plates = self.joint_plates(v.node.plates for v in operands)
         args = (self.operand(x), self.operand(index) if is_traced(index) else index)
-        return self.add_node("call", result, args, plates=plates, func=Tensor.__getitem__, name="getitem")
+        return self.add_node(
+            "call", result, args, plates=plates, func=Tensor.__getitem__, name="getitem"
+        )
 
     def constant(self, x: Any) -> Value:
         """A plain tensor as a node without plates."""
         x = self.plain(x)
-        return self.add_node("call", torch.as_tensor(x), (x,), plates=(), func=_identity, name="constant")
+        return self.add_node(
+            "call", torch.as_tensor(x), (x,), plates=(), func=_identity, name="constant"
+        )
 
     def gather(self, x: Any, index: Value) -> Value:
         """``x[i]`` along the plate that ``i`` indexes."""
@@ -329,7 +365,9 @@ class Trace:
             if is_traced(leaf.value):
                 self.check_visible(leaf.value)
         concrete = family.replace([_element(leaf.value, self.dtype) for leaf in leaves])
-        return Law(concrete, tuple(self.operand(self.plain(leaf.value)) for leaf in leaves)), concrete
+        return Law(
+            concrete, tuple(self.operand(self.plain(leaf.value)) for leaf in leaves)
+        ), concrete
 
     def upstream(self, *operands: Any) -> list[str]:
         """Variables that these operands depend on, in the order of the program."""
@@ -347,7 +385,9 @@ class Trace:
 
     def graph(self, name: str) -> Graph:
         """What was recorded."""
-        return Graph(name, dict(self.plates), dict(self.variables), dict(self.factors), tuple(self.nodes))
+        return Graph(
+            name, dict(self.plates), dict(self.variables), dict(self.factors), tuple(self.nodes)
+        )
 
 
 def run(

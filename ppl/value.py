@@ -11,9 +11,9 @@ from __future__ import annotations
 import opcode
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, cast
 
 import numpy as np
 import torch
@@ -25,7 +25,9 @@ from ppl.errors import ModelError, user_frame
 class Recorder(Protocol):
     """What a value needs of the trace it belongs to."""
 
-    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+    def call(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any: ...
 
 
 RECORDER: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
@@ -88,7 +90,7 @@ class Value(Tensor):
         if name == "__bool__":
             return _truth(args[0])
         if name in _AUGMENTED and _is_augmented_assignment():
-            func = _AUGMENTED[name]
+            func = cast(Callable[..., Any], _AUGMENTED[name])
         else:
             _refuse(name, args)
         if kwargs and kwargs.get("inplace"):
@@ -111,9 +113,11 @@ class Value(Tensor):
     def __delitem__(self, index: Any) -> None:
         _refuse_assignment()
 
-    def __iter__(self):  # type: ignore[override]
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         if self.ndim == 0:
-            raise ModelError("a value with one number cannot be iterated over. Loop over a plate by opening it.")
+            raise ModelError(
+                "a value with one number cannot be iterated over. Loop over a plate by opening it."
+            )
         return iter([self[i] for i in range(self.shape[0])])
 
 
@@ -177,8 +181,16 @@ def _refuse(name: str, args: tuple[Any, ...]) -> None:
             "Use the torch function of the same name, torch.exp(x) for np.exp(x); make an array a tensor, torch.as_tensor(array)."
         )
     if name in _RANDOM:
-        raise ModelError(f"'{name}' draws random numbers inside a model. Declare the draw: latent(name, distribution).")
-    if name == "__setitem__" or name in ("__delitem__", "backward", "requires_grad_", "set_", "out"):
+        raise ModelError(
+            f"'{name}' draws random numbers inside a model. Declare the draw: latent(name, distribution)."
+        )
+    if name == "__setitem__" or name in (
+        "__delitem__",
+        "backward",
+        "requires_grad_",
+        "set_",
+        "out",
+    ):
         _refuse_assignment()
     if name.endswith("_") and not name.endswith("__"):
         _refuse_assignment()

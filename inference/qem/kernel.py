@@ -184,7 +184,8 @@ def weigh(at: Evaluated, bridge: float = 1.0, last: bool = False) -> Weights:
         and at.densities is not None
         and max((f.log.numel() for f in at.densities), default=0) > 1 << 20
     )
-    return Weights(*at.weighting.plan.marginals(at.factors(bridge), overwrite=large))
+    log_z, marginals = at.weighting.plan.marginals(at.factors(bridge), overwrite=large)
+    return Weights(log_z, {axis: w for axis, w in marginals.items() if isinstance(axis, str)})
 
 
 def proposal_terms(

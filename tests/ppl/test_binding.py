@@ -74,7 +74,12 @@ def as_xarray(rows):
     return xr.Dataset({name: ("house", list(values)) for name, values in rows.items()})
 
 
-FRAMES = [("mapping", dict), ("pandas", pd.DataFrame), ("polars", pl.DataFrame), ("xarray", as_xarray)]
+FRAMES = [
+    ("mapping", dict),
+    ("pandas", pd.DataFrame),
+    ("polars", pl.DataFrame),
+    ("xarray", as_xarray),
+]
 
 
 @pytest.mark.parametrize(("name", "make"), FRAMES, ids=[f[0] for f in FRAMES])
@@ -90,7 +95,9 @@ def test_a_row_table_gives_groups_and_their_covariates(name, make):
 @pytest.mark.parametrize(("name", "make"), FRAMES, ids=[f[0] for f in FRAMES])
 def test_a_covariate_that_differs_within_its_group_is_refused(name, make):
     rows = {**ROWS, "uranium": [0.5, 0.1, 0.4, 0.9]}
-    with pytest.raises(DataError, match=r"'uranium' is read once for each county.*within county 'b' \(row 2\)"):
+    with pytest.raises(
+        DataError, match=r"'uranium' is read once for each county.*within county 'b' \(row 2\)"
+    ):
         radon.bind(make(rows))
 
 
@@ -173,7 +180,9 @@ def test_a_film_without_ratings_and_a_rating_without_a_film():
 
 def test_categoricals_keep_their_order_and_the_unused():
     kind = pd.CategoricalDtype(["low", "mid", "high"])
-    frame = pd.DataFrame({"group": pd.Series(["high", "low", "high"], dtype=kind), "y": [1.0, 2.0, 3.0]})
+    frame = pd.DataFrame(
+        {"group": pd.Series(["high", "low", "high"], dtype=kind), "y": [1.0, 2.0, 3.0]}
+    )
     bound = grouped.bind(frame)
     assert list(bound.labels["group"]) == ["low", "mid", "high"]
     assert bound.maps["row", "group"].tolist() == [2, 0, 2]
@@ -286,7 +295,9 @@ def test_a_scalar_is_data_without_plates():
 
 @pytest.mark.parametrize("dims", [("a", "b"), ("b", "a")])
 def test_xarray_goes_by_dimension_names_and_coordinates_are_labels(dims):
-    values = xr.DataArray(np.arange(6.0).reshape(2, 3), dims=("a", "b"), coords={"b": ["u", "v", "w"]})
+    values = xr.DataArray(
+        np.arange(6.0).reshape(2, 3), dims=("a", "b"), coords={"b": ["u", "v", "w"]}
+    )
     bound = grid.bind(xr.Dataset({"y": values.transpose(*dims), "x": values}))
     assert bound.values["y"].tolist() == values.values.tolist()
     assert list(bound.labels["b"]) == ["u", "v", "w"] and bound.size("a") == 2
@@ -316,7 +327,9 @@ INDEXED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "data", "options", "positions"), INDEXED, ids=[i[0] for i in INDEXED])
+@pytest.mark.parametrize(
+    ("name", "data", "options", "positions"), INDEXED, ids=[i[0] for i in INDEXED]
+)
 def test_an_index_points_by_position_or_label(name, data, options, positions):
     @model
     def m():
@@ -347,7 +360,9 @@ def test_missing_entries_are_masked_and_counted(name, y):
     assert bound.masks["y"].tolist() == [True, False, True]
     assert not bound.values["y"].isnan().any()
     assert bound.report == ("1 of 3 entries of 'y' are missing and were marginalised",)
-    with pytest.raises(DataError, match="'y': 1 entries are missing, the first at row 1.*marginalise"):
+    with pytest.raises(
+        DataError, match="'y': 1 entries are missing, the first at row 1.*marginalise"
+    ):
         line.bind({"y": y}, missing="error")
 
 
@@ -378,7 +393,9 @@ BROKEN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "program", "data", "options", "text"), BROKEN, ids=[b[0] for b in BROKEN])
+@pytest.mark.parametrize(
+    ("name", "program", "data", "options", "text"), BROKEN, ids=[b[0] for b in BROKEN]
+)
 def test_data_that_does_not_fit_is_said(name, program, data, options, text):
     with pytest.raises(DataError) as caught:
         program.bind(data, **options)

@@ -99,7 +99,11 @@ def test_booleans_stay_booleans(kind):
 
 def test_categories_keep_their_order_and_the_unused_ones():
     kind = pd.CategoricalDtype(["low", "mid", "high"], ordered=True)
-    assert read_column("x", pd.Series(["high", "low"], dtype=kind)).categories == ("low", "mid", "high")
+    assert read_column("x", pd.Series(["high", "low"], dtype=kind)).categories == (
+        "low",
+        "mid",
+        "high",
+    )
     assert read_column("x", pd.Series(["high", "low"])).categories is None
     frame = pd.DataFrame({"x": pd.Series(["high", "low"], dtype=kind)})
     assert read_data(frame)["x"].categories == ("low", "mid", "high")

@@ -41,7 +41,9 @@ def test_parameters_are_structure():
 
 
 def test_an_unknown_parameter_and_an_array_are_refused():
-    with pytest.raises(ModelError, match=r"test_model\.py:\d+: polynomial.*arrays come in by given"):
+    with pytest.raises(
+        ModelError, match=r"test_model\.py:\d+: polynomial.*arrays come in by given"
+    ):
         polynomial(power=2)
     with pytest.raises(ModelError, match=r"degree=\.\.\..*is an array.*given\('degree'\)"):
         polynomial(degree=torch.ones(3))

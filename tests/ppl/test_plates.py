@@ -213,7 +213,9 @@ def test_a_reduction_needs_its_plate():
         group = plate("group", 2)
         mean(latent("x", Normal(0.0, 1.0)), over=group)
 
-    with pytest.raises(ModelError, match="mean over plate 'group' needs a value that varies over it"):
+    with pytest.raises(
+        ModelError, match="mean over plate 'group' needs a value that varies over it"
+    ):
         m.graph()
 
 

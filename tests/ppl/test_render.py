@@ -100,3 +100,72 @@ def test_render_writes_a_picture(tmp_path):
     file = tmp_path / "graph.svg"
     GRAPH.render(str(file))
     assert "<svg" in file.read_text()
+
+
+@pytest.mark.skipif(shutil.which("dot") is not None, reason="the program dot is installed")
+def test_render_without_the_program_says_what_to_install(tmp_path):
+    pytest.importorskip("graphviz")
+    with pytest.raises(UnsupportedError, match="'dot' of Graphviz is not installed.*to_mermaid"):
+        GRAPH.render(str(tmp_path / "graph.png"))
+
+
+@model
+def radon():
+    county = plate("county", 2)
+    house = plate("house", within=county)
+    base = latent("base", Normal(0.0, 1.0))
+    with county:
+        level = latent("level", Normal(base, 1.0))
+    with house:
+        observe("y", Normal(level, 1.0))
+
+
+MERMAID = """\
+flowchart TD
+  v0(("base"))
+  subgraph p1["county (2)"]
+    v1(("level"))
+    subgraph p2["house"]
+      v2["y"]
+    end
+  end
+  f0["Normal"]
+  f0 --> v0
+  f1["Normal"]
+  f1 --> v1
+  v0 --- f1
+  f2["Normal"]
+  f2 --> v2
+  v1 --- f2
+  classDef observed fill:#ddd
+  class v2 observed"""
+
+
+def test_mermaid_of_a_nested_model_letter_by_letter():
+    assert radon.graph().to_mermaid() == MERMAID
+
+
+@model
+def siblings():
+    parent = plate("parent", 2)
+    for name in ("left", "right"):
+        with plate(name, within=parent):
+            latent(name + "_x", Normal(0.0, 1.0))
+    with parent:
+        latent("top", Normal(0.0, 1.0))
+    with plate("a", 2), plate("b", 3):
+        latent("grid", Normal(0.0, 1.0))
+    with plate("b"):
+        latent("alone", Normal(0.0, 1.0))
+    with plate("a_b", 2):
+        latent("other", Normal(0.0, 1.0))
+
+
+def test_every_path_of_plates_is_one_box():
+    text = siblings.graph().to_mermaid()
+    boxes = re.findall(r"subgraph (\w+)\[\"(.*)\"\]", text)
+    titles = ["parent (2)", "left", "right", "a (2)", "b (3)", "b (3)", "a_b (2)"]
+    assert [title for _, title in boxes] == titles
+    assert len({box for box, _ in boxes}) == 7
+    clusters = re.findall(r"subgraph \"?([^\"{ ]+)", siblings.graph().to_dot())
+    assert len(clusters) == len(set(clusters)) == 7

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import distributions as td
 
 from ppl import (
+    Bernoulli,
+    Beta,
     Categorical,
     Dirichlet,
     Flat,
+    Gamma,
     Markov,
     MultivariateNormal,
     Normal,
+    Poisson,
     UnsupportedError,
     deterministic,
     factor,
@@ -98,7 +104,10 @@ def chain_model(step):
         with time:
             push = given("push")
         with plate("site", 2), time:
-            latent("x", Markov(Normal(base, 1e-6), lambda before: Normal(step(before, push, time), 1e-6)))
+            latent(
+                "x",
+                Markov(Normal(base, 1e-6), lambda before: Normal(step(before, push, time), 1e-6)),
+            )
 
     return walk
 
@@ -118,7 +127,9 @@ def test_a_chain_is_drawn_step_by_step(name):
     step, expected = STEPS[name]
     x = chain_model(step).sample(2, {"push": PUSH}, seed=0)["x"]
     assert x.shape == (2, 2, 4)
-    torch.testing.assert_close(x, torch.tensor(expected).double().expand(2, 2, 4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        x, torch.tensor(expected).double().expand(2, 2, 4), atol=1e-4, rtol=0
+    )
 
 
 def test_a_chain_can_look_things_up_along_its_own_plate():
@@ -185,7 +196,9 @@ def test_vector_laws_with_parameters_of_plates():
     def m():
         with plate("a", 3):
             x = latent("x", Normal(5.0, 1.0))
-            latent("v", MultivariateNormal(torch.stack([x, -x]), covariance_matrix=1e-6 * torch.eye(2)))
+            latent(
+                "v", MultivariateNormal(torch.stack([x, -x]), covariance_matrix=1e-6 * torch.eye(2))
+            )
             latent("p", Dirichlet(torch.exp(torch.stack([x, x]))))
             latent("k", Categorical(logits=torch.stack([x, -x])))
 
@@ -219,3 +232,95 @@ def test_an_element_without_its_neighbour_is_nan_when_observed_and_refused_when_
     torch.testing.assert_close(draws["y"][:, :2], draws["x"][:, 1:], atol=1e-4, rtol=0)
     with pytest.raises(UnsupportedError, match="neighbour along plate 'time' is missing"):
         pairs(latent).sample(1)
+
+
+# ---- moments in closed form --------------------------------------------------------------------
+
+
+def check(draws, expected):
+    """The mean over draws lies within five standard errors, as measured, of ``expected``."""
+    draws, expected = draws.double(), torch.as_tensor(expected, dtype=torch.float64)
+    error = draws.std(0) / math.sqrt(len(draws))
+    assert bool(((draws.mean(0) - expected).abs() < 5 * error + 1e-12).all()), draws.mean(0)
+
+
+def test_moments_of_a_ragged_hierarchy():
+    @model
+    def m():
+        top = latent("top", Normal(1.0, 2.0))
+        group = plate("group")
+        with group:
+            level = latent("level", Normal(top + given("x"), 0.5))
+        with plate("row", within=group):
+            observe("y", Normal(2 * level, 1.0))
+
+    x = torch.tensor([0.0, 3.0, -1.0], dtype=torch.float64)
+    draws = m.sample(5 * N, {"x": x, "group": [2, 0, 0, 1]}, seed=0)
+    check(draws["level"], 1.0 + x)
+    y = draws["y"] - 2 * (1.0 + x[[2, 0, 0, 1]])
+    check(y, torch.zeros(4))
+    check(y**2, torch.full((4,), 4 * 4.25 + 1))
+    check(y[:, 1] * y[:, 2], 4 * 4.25)  # two rows of one group
+    check(y[:, 0] * y[:, 1], 4 * 4.0)  # rows of two groups
+
+
+def test_moments_of_conjugate_pairs():
+    @model
+    def m():
+        p, rate = latent("p", Beta(2.0, 3.0)), latent("rate", Gamma(3.0, 2.0))
+        with plate("row", 2):
+            observe("hit", Bernoulli(p))
+            observe("count", Poisson(rate))
+
+    draws = m.sample(5 * N, seed=1)
+    check(draws["hit"], torch.full((2,), 0.4))
+    check(draws["hit"].double().prod(1), 0.4 * 0.6 / 6 + 0.16)
+    check(draws["count"], torch.full((2,), 1.5))
+    check(draws["count"].double().prod(1), 1.5**2 + 0.75)
+
+
+def test_autocovariance_of_an_autoregression():
+    a, q, steps = 0.8, 0.6, 6
+    stationary = q / math.sqrt(1 - a**2)
+
+    @model
+    def m():
+        with plate("runner", 2), plate("day", steps, ordered=True):
+            latent("x", Markov(Normal(0.0, stationary), lambda x: Normal(a * x, q)))
+
+    x = m.sample(5 * N, seed=0)["x"]
+    expected = torch.tensor([stationary**2 * a**lag for lag in range(steps)])
+    check(x[:, 0] * x[:, 1], torch.zeros(steps))
+    check(x[:, 1, :1] * x[:, 1], expected)
+    check(x[:, 1, 2:3] * x[:, 1], expected[[2, 1, 0, 1, 2, 3]])
+
+
+def test_a_mixture_picks_by_its_index():
+    @model
+    def m():
+        kind = plate("kind", 3)
+        with kind:
+            centre = latent("centre", Normal(given("where"), 0.1))
+        with plate("point", 2):
+            z = latent("z", Categorical(given("weight"), over=kind))
+            observe("y", Normal(centre[z], 0.01))
+
+    where = torch.tensor([-10.0, 0.0, 10.0], dtype=torch.float64)
+    weight = torch.tensor([[0.2, 0.3, 0.5], [0.7, 0.2, 0.1]], dtype=torch.float64)
+    draws = m.sample(5 * N, {"where": where, "weight": weight}, seed=0)
+    picked = draws["centre"].gather(1, draws["z"].long())
+    torch.testing.assert_close(draws["y"], picked, atol=0.1, rtol=0)
+    check(draws["y"], weight @ where)
+    check((draws["z"] == 2).double(), weight[:, 2])
+
+
+def test_without_a_seed_the_global_generator_governs():
+    @model
+    def m():
+        latent("x", Normal(0.0, 1.0))
+
+    torch.manual_seed(3)
+    first = m.sample(4)["x"]
+    torch.manual_seed(3)
+    assert torch.equal(first, m.sample(4)["x"])
+    assert not torch.equal(first, m.sample(4)["x"])

@@ -106,9 +106,7 @@ def test_an_index_may_be_a_vector():
     ends = torch.tensor([[0, 1], [3, 2], [1, 1]])
     draws = m.sample(5, {"ends": ends}, seed=0)
     torch.testing.assert_close(draws["both"], draws["x"][:, ends])
-    torch.testing.assert_close(
-        draws["step"], draws["x"][:, ends[:, 1]] - draws["x"][:, ends[:, 0]]
-    )
+    torch.testing.assert_close(draws["step"], draws["x"][:, ends[:, 1]] - draws["x"][:, ends[:, 0]])
 
 
 def test_an_index_is_no_membership():
@@ -122,7 +120,13 @@ def test_an_index_is_no_membership():
             i, j = given("i", index=pose), given("j", index=pose)
             observe("gap", Normal(x[i] - x[j], given("sd")))
 
-    data = {"guess": [5.0, 6.0, 7.0], "i": [0, 0, 1], "j": [1, 2, 2], "gap": [0.0] * 3, "sd": [1.0] * 3}
+    data = {
+        "guess": [5.0, 6.0, 7.0],
+        "i": [0, 0, 1],
+        "j": [1, 2, 2],
+        "gap": [0.0] * 3,
+        "sd": [1.0] * 3,
+    }
     assert m.bind(data).values["guess"].tolist() == [5.0, 6.0, 7.0]
 
 
@@ -194,7 +198,9 @@ def test_a_pick_outside_its_plate_is_said_before_anything_runs():
             x = latent("x", Normal(0.0, 1.0))
         factor("anchor", Normal(pick(x, pose=3), 0.1), at=0.0)
 
-    with pytest.raises(DataError, match=r"pick\(\.\.\., pose=3\) at test_sites\.py:\d+.*has 3 elements"):
+    with pytest.raises(
+        DataError, match=r"pick\(\.\.\., pose=3\) at test_sites\.py:\d+.*has 3 elements"
+    ):
         m.graph(sizes={"pose": 3})
     assert m.graph(sizes={"pose": 4}).plates["pose"].size == 4
 
@@ -212,7 +218,9 @@ def test_two_ways_to_an_ancestor_have_to_agree():
 
     data = {"pupil_school": [0, 1, 1], "teacher_school": [0, 1], "pupil": [0, 1, 2], "y": [0.0] * 3}
     assert m.bind({**data, "teacher": [0, 1, 1]}).maps["lesson", "school"].tolist() == [0, 1, 1]
-    with pytest.raises(DataError, match="by way of 'pupil' and of 'teacher', which disagree for lesson 2"):
+    with pytest.raises(
+        DataError, match="by way of 'pupil' and of 'teacher', which disagree for lesson 2"
+    ):
         m.bind({**data, "teacher": [0, 1, 0]})
 
 
@@ -242,5 +250,7 @@ def test_an_observed_chain_has_no_gaps():
         with plate("day", ordered=True):
             observe("y", Markov(Normal(0.0, 1.0), lambda before: Normal(before, 1.0)))
 
-    with pytest.raises(DataError, match="'y': 1 entries are missing, and in an observed Markov chain"):
+    with pytest.raises(
+        DataError, match="'y': 1 entries are missing, and in an observed Markov chain"
+    ):
         m.bind({"y": [1.0, NAN, 2.0]})

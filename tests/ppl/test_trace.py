@@ -159,7 +159,9 @@ HIDDEN = [
 def test_a_value_is_visible_only_where_its_plates_are_open(function):
     with pytest.raises(ModelError) as caught:
         model(function).graph()
-    assert re.search(r"test_trace\.py:\d+: .*varies over plate '\w+', which is not open", str(caught.value))
+    assert re.search(
+        r"test_trace\.py:\d+: .*varies over plate '\w+', which is not open", str(caught.value)
+    )
     assert str(caught.traceback[-1].path) == __file__
 
 
@@ -335,7 +337,9 @@ def test_an_array_with_an_extra_axis_meets_the_shape_of_its_law():
         with plate("row"):
             observe("y", Normal(0.0, 1.0))
 
-    with pytest.raises(DataError, match=r"'y' \(observed, plate row\): expected shape \[3\], got \[3, 2\]"):
+    with pytest.raises(
+        DataError, match=r"'y' \(observed, plate row\): expected shape \[3\], got \[3, 2\]"
+    ):
         m.bind({"y": torch.zeros(3, 2)})
 
 
@@ -355,7 +359,9 @@ def test_do_cuts_the_law_and_keeps_what_depends_on_it():
     assert sorted(graph.factors) == ["grass", "rain"]
     assert graph.variables["wet"].role == "given"
     draws = cause.do(wet=[1.0, 2.0, 3.0]).sample(50, seed=0)
-    torch.testing.assert_close(draws["grass"].mean(0), torch.tensor([1.0, 2.0, 3.0]).double(), atol=0.02, rtol=0)
+    torch.testing.assert_close(
+        draws["grass"].mean(0), torch.tensor([1.0, 2.0, 3.0]).double(), atol=0.02, rtol=0
+    )
     assert "wet" not in draws
 
 

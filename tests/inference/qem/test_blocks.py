@@ -68,7 +68,10 @@ def test_a_plate_that_is_indexed_or_reduced_shares_one_particle():
             z = latent("z", Categorical(weight, over=component))
             observe("x", Normal(centre[z], 1.0))
 
-    assert names(mixture, sizes={}) == {("weight", "centre"): ((), False), ("z",): (("point",), True)}
+    assert names(mixture, sizes={}) == {
+        ("weight", "centre"): ((), False),
+        ("z",): (("point",), True),
+    }
 
     @model
     def regression():
@@ -87,7 +90,10 @@ def test_a_chain_keeps_its_plate_and_an_index_of_its_own():
             latent("x", Markov(Normal(0.0, 1.0), lambda before: Normal(before + drift, 1.0)))
 
     blocks = make_blocks(chain.graph(sizes={}), QEM())
-    assert [(b.names, b.plates, b.chain) for b in blocks] == [(("drift",), (), None), (("x",), ("t",), "t")]
+    assert [(b.names, b.plates, b.chain) for b in blocks] == [
+        (("drift",), (), None),
+        (("x",), ("t",), "t"),
+    ]
 
 
 def fit(*args, **options):
@@ -130,9 +136,9 @@ def test_counts_without_a_bound_have_a_proposal_of_their_own_family():
         observe("y", Normal(n, 1.0))
 
     values = torch.arange(60.0, dtype=torch.float64)
-    log = torch.distributions.Poisson(4.0).log_prob(values) + torch.distributions.Normal(values, 1.0).log_prob(
-        torch.tensor(7.0)
-    )
+    log = torch.distributions.Poisson(4.0).log_prob(values) + torch.distributions.Normal(
+        values, 1.0
+    ).log_prob(torch.tensor(7.0))
     posterior = fit(counted, {"y": 7.0})
     exact = (log.softmax(0) * values).sum()
     assert abs(float(posterior.mean("n") - exact)) < 0.05
@@ -148,7 +154,15 @@ def wide():
 def test_blocks_are_merged_where_no_plate_can_be_split():
     apart = fit(wide, {"y": 1.0}, joint_up_to=1, particles=40, final_particles=40, max_iters=3)
     assert len(apart.diagnostics.notes["particles"]) == 3
-    merged = fit(wide, {"y": 1.0}, joint_up_to=1, particles=40, final_particles=40, max_iters=3, memory="100KiB")
+    merged = fit(
+        wide,
+        {"y": 1.0},
+        joint_up_to=1,
+        particles=40,
+        final_particles=40,
+        max_iters=3,
+        memory="100KiB",
+    )
     assert len(merged.diagnostics.notes["particles"]) < 3
 
 
@@ -161,8 +175,12 @@ def test_a_split_plate_gives_the_same_answer():
     generator = torch.Generator().manual_seed(0)
     y = torch.randn(3, 4, generator=generator, dtype=torch.float64)
     whole, split = (
-        fit(hierarchy, {"y": y}, particles=30, final_particles=30, max_iters=20, tol=0, memory=m) for m in (None, "8KiB")
+        fit(hierarchy, {"y": y}, particles=30, final_particles=30, max_iters=20, tol=0, memory=m)
+        for m in (None, "8KiB")
     )
-    assert "parts" in split.diagnostics.notes["plan"] and "parts" not in whole.diagnostics.notes["plan"]
+    assert (
+        "parts" in split.diagnostics.notes["plan"]
+        and "parts" not in whole.diagnostics.notes["plan"]
+    )
     assert torch.allclose(whole.trace["ess"], split.trace["ess"], rtol=1e-9)
     assert torch.allclose(whole.mean("level"), split.mean("level"), rtol=1e-9)
