@@ -210,9 +210,8 @@ def shift(x: Tensor, along: PlateHandle | str, k: int = 1) -> Value:
     if not is_traced(x) or name not in x.node.plates:  # type: ignore[attr-defined]
         raise ModelError(f"shift along '{name}' needs a value that varies over that plate.")
     trace.check_visible(x)  # type: ignore[arg-type]
-    return trace.add_node(
-        "shift", prototype(x), (trace.operand(x), k), plates=x.node.plates, name=name
-    )  # type: ignore[attr-defined]
+    plates = x.node.plates  # type: ignore[attr-defined]
+    return trace.add_node("shift", prototype(x), (trace.operand(x), k), plates=plates, name=name)
 
 
 def collect(x: Tensor, *, over: tuple[PlateHandle | str, ...]) -> Value:
