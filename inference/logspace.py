@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -45,12 +44,12 @@ def _shifted(
 
     A large array is made a few rows at a time, so that its five passes run in the cache.
     """
-    shape = torch.broadcast_shapes(x.shape, y.shape)
-    rows = math.prod(shape) // _CACHE_ELEMENTS
-    if rows < 2 or 0 in dims or shape[0] < 2 or x.shape != shape:
+    rows = x.numel() // _CACHE_ELEMENTS
+    if rows < 2 or 0 in dims or x.shape[0] < 2 or not _covers(x.shape, y.shape):
         return _shifted_block(x, y, dims, None)
     # New memory of this size costs more than the arithmetic: the system clears its pages first.
     made = x if overwrite and 0 not in x.stride() else torch.empty_like(x)
+    shape = x.shape
     size = -(-shape[0] // min(rows, shape[0]))
     y = y.expand(shape[0], *y.shape[1:]) if y.ndim == len(shape) else y
     parts = []
@@ -60,6 +59,12 @@ def _shifted(
         parts.append(_shifted_block(x[part], other, dims, made[part])[1:])
     totals, outs = zip(*parts, strict=True)
     return made, torch.cat(totals), torch.cat(outs)
+
+
+def _covers(shape: torch.Size, other: torch.Size) -> bool:
+    """Whether ``other`` broadcasts to ``shape`` without enlarging it."""
+    tail = shape[len(shape) - len(other) :]
+    return len(other) <= len(shape) and all(b in (1, a) for a, b in zip(tail, other, strict=True))
 
 
 def _shifted_block(

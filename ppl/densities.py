@@ -235,11 +235,11 @@ def _normal_inner_product(
     z, m = value - centre, loc - centre
     linear = m * precision
     constant = (0.5 * precision.log() - _HALF_LOG_2PI - 0.5 * m * linear).sum(-1, keepdim=True)
-    shape = (*torch.broadcast_shapes(linear.shape[:-1], precision.shape[:-1]), width)
+    shape = (*map(max, linear.shape[:-1], precision.shape[:-1]), width)  # equal, or one of them 1
     parts = (linear.expand(shape), (-0.5 * precision).expand(shape), constant)
     natural = torch.cat(parts, -1).permute(p_order)
     statistics = torch.cat([z, z.square(), torch.ones_like(z[..., :1])], -1).permute(v_order)
-    lead = torch.broadcast_shapes(statistics.shape[:shared], natural.shape[:shared])
+    lead = tuple(map(max, statistics.shape[:shared], natural.shape[:shared]))
     rows, columns = statistics.shape[shared:-1], natural.shape[shared:-1]
     left = statistics.expand((*lead, *statistics.shape[shared:]))
     right = natural.expand((*lead, *natural.shape[shared:]))
