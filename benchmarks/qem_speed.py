@@ -132,10 +132,11 @@ def measure(name: str, k: int, repeats: int) -> dict[str, object]:
     state = qem.init(problem)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     times = []
-    for i in range(repeats + 2):
+    warm_up = 2 if problem.weighting.plan.largest[1] > 1_000_000 else 20
+    for i in range(repeats + warm_up):
         start = time.perf_counter()
         state, _ = qem.step(problem, state)
-        if i >= 2:
+        if i >= warm_up:
             times.append(time.perf_counter() - start)
         if sum(times) > 60:
             break
