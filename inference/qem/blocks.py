@@ -312,10 +312,7 @@ def _find(groups: list[list[str]], name: str) -> list[str] | None:
 
 
 def _block_plates(graph: Graph, member: Member) -> tuple[str, ...]:
-    left = graph.closure(member.variable.plates) - set(member.collapsed)
-    # A collapsed plate takes its descendants with it, and gives its ancestors only what else is open.
-    kept = frozenset(p for p in member.variable.plates if p not in member.collapsed)
-    return graph.maximal(kept) if kept else graph.maximal(frozenset() if member.collapsed else left)
+    return graph.maximal(frozenset(member.variable.plates) - set(member.collapsed))
 
 
 def _axis(names: Sequence[str]) -> str:

@@ -63,9 +63,10 @@ class Weights(NamedTuple):
 def init(problem: Problem) -> State:
     """Proposals from the moments of prior draws, or standard ones."""
     streams = problem.settings.streams
-    draws = (
-        _prior_draws(problem, streams.child("start")) if problem.options.start == "prior" else {}
-    )
+    # A family has no standard member, so its start is the prior's moments unless it was given.
+    families = any(m.family and m.start is None for b in problem.blocks for m in b.members)
+    wanted = problem.options.start == "prior" or families
+    draws = _prior_draws(problem, streams.child("start")) if wanted else {}
     states = {
         b.axis: _first_proposal(problem, b, draws) for b in problem.blocks if not b.enumerated
     }
@@ -275,7 +276,7 @@ def _first_joint(
     bound = problem.bound
     mean = torch.zeros((*shape, block.dims), dtype=bound.dtype, device=bound.device)
     sd = torch.ones_like(mean)
-    if draws:
+    if problem.options.start == "prior":
         laid = {
             m.name: _laid_out(bound.graph.variables[m.name], block, m, draws[m.name])
             for m in block.gaussian
@@ -309,9 +310,11 @@ def _robust_moments(free: Tensor) -> tuple[Tensor, Tensor]:
 def _asked_start(block: Block, mean: Tensor, sd: Tensor) -> tuple[Tensor, Tensor]:
     at = 0
     for member in block.gaussian:
-        if member.start is not None:  # a Normal with start values, on the unconstrained scale
+        if member.start is not None:  # a MultivariateNormal, on the unconstrained scale
             loc = torch.as_tensor(member.start.loc, dtype=mean.dtype, device=mean.device)
-            scale = torch.as_tensor(member.start.scale, dtype=mean.dtype, device=mean.device)
+            scale = torch.as_tensor(
+                member.start.variance, dtype=mean.dtype, device=mean.device
+            ).sqrt()
             mean[..., at : at + member.dims] = loc.reshape(-1)
             sd[..., at : at + member.dims] = scale.reshape(-1)
         at += member.dims

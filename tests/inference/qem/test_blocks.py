@@ -13,6 +13,7 @@ from ppl import (
     Dirichlet,
     HalfNormal,
     Markov,
+    MultivariateNormal,
     Normal,
     Poisson,
     UnsupportedError,
@@ -184,3 +185,28 @@ def test_a_split_plate_gives_the_same_answer():
     )
     assert torch.allclose(whole.trace["ess"], split.trace["ess"], rtol=1e-9)
     assert torch.allclose(whole.mean("level"), split.mean("level"), rtol=1e-9)
+
+
+def test_a_family_starts_at_the_prior_where_nothing_else_is_given():
+    @model
+    def rate():
+        level = latent("level", HalfNormal(1.0))
+        with plate("day"):
+            observe("count", Poisson(level))
+
+    data = {"count": [1, 0, 2]}
+    plain, family = (fit(rate, data, start="standard", q=q) for q in (None, {"level": "Gamma"}))
+    assert abs(float(plain.mean("level") - family.mean("level"))) < 0.03
+
+
+def test_a_joint_proposal_starts_where_it_is_told():
+    @model
+    def vector():
+        w = latent("w", Normal(0.0, 1.0), shape=2)
+        observe("y", Normal(w.sum(), 1.0))
+
+    start = MultivariateNormal(torch.tensor([0.3, 0.3]), 0.5 * torch.eye(2))
+    posterior = fit(vector, {"y": 1.0}, q={"w": start})
+    assert torch.allclose(
+        posterior.mean("w"), torch.full((2,), 1 / 3, dtype=torch.float64), atol=0.03
+    )
