@@ -13,6 +13,7 @@ from ppl.backend import register
 from ppl.distributions import *  # noqa: F403 - families are words of the language
 from ppl.driver import Stop, explain, infer
 from ppl.errors import DataError, ModelError, NumericalError, PPLError, UnsupportedError
+from ppl.manifolds import SE2, SE3, SO2, SO3
 from ppl.model import Model, model
 from ppl.plates import dot, logsumexp, mean, pick, plate, shift, sum  # noqa: A004 - words of the language
 from ppl.posterior import Evidence, Posterior
@@ -39,6 +40,10 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     *distributions.__all__,
+    "SE2",
+    "SE3",
+    "SO2",
+    "SO3",
     "DataError",
     "Evidence",
     "Model",

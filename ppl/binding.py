@@ -36,6 +36,8 @@ class Bound:
     device: torch.device
     report: tuple[str, ...] = ()
     columns: Columns = field(default_factory=lambda: Columns(()), repr=False)
+    # Gaussians that stand for the model's own laws of some latents, see ppl.continual.
+    prior: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def size(self, plate: str) -> int:
         """Number of elements of a plate."""
@@ -58,13 +60,26 @@ def bind(
     need_observed: bool = True,
     dtype: torch.dtype = torch.float64,
     device: torch.device | None = None,
+    before: Mapping[str, Sequence[Any]] | None = None,
 ) -> Bound:
     """Resolve sizes, labels and memberships, then move every array to the run's dtype and device.
+
+    Args:
+        graph: as traced.
+        columns: the data.
+        sizes: of plates that no array shows.
+        labels: of the elements of plates.
+        missing: what to do with NaN in observed sites.
+        need_observed: whether every observed site must be there.
+        dtype: of the run.
+        device: of the run; that of the data by default.
+        before: labels of an earlier binding that this data extends: its elements keep their
+            places, new ones stand behind them.
 
     Raises:
         DataError: sizes that disagree, unknown labels, a missing site, NaN in a covariate, a value outside a support.
     """
-    plates = _Plates(graph, columns, sizes or {}, labels or {})
+    plates = _Plates(graph, columns, sizes or {}, labels or {}, before or {})
     graph = replace(
         graph, plates={n: replace(p, size=plates.sizes[n]) for n, p in graph.plates.items()}
     )
@@ -102,6 +117,19 @@ def bind(
     return Bound(graph, values, masks, maps, plates.labels, dtype, place, tuple(report), columns)
 
 
+def positions_of(old: Sequence[Any], new: Sequence[Any]) -> Tensor:
+    """Position in ``old`` of every label of ``new``, -1 for those that are not there.
+
+    >>> positions_of(["a", "b"], ["b", "c"]).tolist()
+    [1, -1]
+    """
+    if isinstance(old, range) and isinstance(new, range):  # both count from zero
+        place = torch.arange(len(new))
+        return torch.where(place < len(old), place, -1)
+    where = {label: i for i, label in enumerate(old)}
+    return torch.tensor([where.get(label, -1) for label in new], dtype=torch.long)
+
+
 class _Plates:
     """Sizes, labels and memberships of all plates, from the columns that speak of them."""
 
@@ -111,8 +139,9 @@ class _Plates:
         columns: Columns,
         sizes: Mapping[str, int],
         labels: Mapping[str, Sequence[Any]],
+        before: Mapping[str, Sequence[Any]],
     ) -> None:
-        self.graph, self.columns = graph, columns
+        self.graph, self.columns, self.before = graph, columns, before
         for name in (*sizes, *labels):
             if name not in graph.plates:
                 raise DataError(
@@ -235,6 +264,14 @@ class _Plates:
         return self._from_pointers(plate, found, claimed)
 
     def _positions(self, plate: str, claimed: int | None) -> Sequence[Any]:
+        known = self.before.get(plate)
+        if known is not None and claimed in (None, len(known)):
+            return known
+        if known is not None and not isinstance(known, range):
+            raise DataError(
+                f"plate '{plate}' grows from {len(known)} to {claimed} elements ({self.claims[plate][0][1]}). Name the new "
+                f"ones: labels={{'{plate}': [...]}}."
+            )
         if claimed is None:
             raise DataError(
                 f"plate '{plate}' has no size: no data array varies over it. "
@@ -246,10 +283,17 @@ class _Plates:
         self, plate: str, found: Sequence[Column], claimed: int | None
     ) -> Sequence[Any]:
         categories = next((c.categories for c in found if c.categories), None)
-        if categories:
+        if categories and plate not in self.before:
             return list(categories)
         distinct = sorted(set().union(*(_distinct(c) for c in found)))
-        if any(c.is_text for c in found):
+        known = self.before.get(plate, range(0))
+        named = any(c.is_text for c in found) or not isinstance(known, range)
+        if not isinstance(known, range):
+            seen = set(known)
+            distinct = [*known, *(v for v in distinct if v not in seen)]
+        elif known and claimed is None and not named:
+            claimed = max(len(known), int(distinct[-1]) + 1 if distinct else 0)
+        if named:
             if claimed is not None and claimed != len(distinct):
                 raise DataError(
                     f"plate '{plate}' has {claimed} elements by {self.claims[plate][0][1]}, but '{found[0].name}' has "
@@ -581,4 +625,4 @@ def _unused(graph: Graph, columns: Columns) -> list[str]:
     return [f"not used: {', '.join(unused)}"] if unused else []
 
 
-__all__ = ["Bound", "Missing", "bind"]
+__all__ = ["Bound", "Missing", "bind", "positions_of"]

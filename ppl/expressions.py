@@ -43,6 +43,8 @@ def _call(c: Compiler, node: Node) -> Operand:
 def _by_table(c: Compiler, node: Node, operands: list[Operand]) -> Operand | None:
     name = node.name
     first = node.args[0] if node.args else None
+    if isinstance(node.func, operations.Batched):
+        return _batched(c, node, node.func, operands)
     if name in operations.POINTWISE:
         return _pointwise(c, node, operands)
     if name == "getitem":
@@ -86,6 +88,18 @@ def _pointwise(c: Compiler, node: Node, operands: list[Operand]) -> Operand:
 
     template = substitute((node.args, node.kwargs), place)
     return Operand(c.emit(_caller(node.func, *template), *slots), axes, event)
+
+
+def _batched(c: Compiler, node: Node, func: operations.Batched, operands: list[Operand]) -> Operand:
+    """A function that broadcasts leading axes itself, those of an event of several elements too."""
+    event = len(node.event_shape)
+    own = event - func.output
+    axes = c.joint_axes(operands, node.plates)
+    slots = [
+        c.place(c.operand(a), axes, own + len(shape))
+        for a, shape in zip(node.args, func.inputs, strict=True)
+    ]
+    return Operand(c.emit(func, *slots), axes, event)
 
 
 def _getitem(c: Compiler, node: Node, operands: list[Operand]) -> Operand | None:

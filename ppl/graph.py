@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from ppl.distributions import Distribution
@@ -236,7 +237,10 @@ def substitute(tree: Any, replace: Callable[[Any], Any]) -> Any:
         return {key: substitute(value, replace) for key, value in tree.items()}
     if isinstance(tree, (tuple, list)) and not isinstance(tree, Tensor):
         items = [substitute(value, replace) for value in tree]
-        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+        if hasattr(tree, "_fields"):
+            return type(tree)(*items)
+        # torch.Size holds nothing but whole numbers; a copy need not.
+        return tuple(items) if isinstance(tree, torch.Size) else type(tree)(items)
     if isinstance(tree, slice):
         return slice(replace(tree.start), replace(tree.stop), replace(tree.step))
     return replace(tree)

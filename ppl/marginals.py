@@ -9,7 +9,9 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
+
+from ppl.manifolds import Manifold, by_name
 
 
 class Weighted(NamedTuple):
@@ -34,24 +36,43 @@ class GaussianMixture(NamedTuple):
     weights: Tensor  # [S], sums to one
 
 
+class JointGaussian(NamedTuple):
+    """A Gaussian vector for each element of the plates, with the covariance within it.
+
+    On a manifold ``loc`` is an element of the group, and ``d`` counts tangent coordinates at it:
+    the site is ``loc o exp(noise)`` with noise of this covariance. Otherwise ``d`` is the number of
+    entries of the event, in row-major order.
+    """
+
+    loc: Tensor  # [*plates, *event]
+    covariance: Tensor  # [*plates, d, d]
+    manifold: str | None = None  # "SE2", ...
+
+
 class Table(NamedTuple):
     """A finite discrete site: the probability of each of its values 0, 1, ..., V-1."""
 
     table: Tensor  # [*plates, V]
 
 
-Marginal = Weighted | Gaussian | GaussianMixture | Table
-KINDS = {"weighted": Weighted, "gaussian": Gaussian, "mixture": GaussianMixture, "table": Table}
+Marginal = Weighted | Gaussian | GaussianMixture | JointGaussian | Table
+KINDS = {
+    "weighted": Weighted,
+    "gaussian": Gaussian,
+    "mixture": GaussianMixture,
+    "joint": JointGaussian,
+    "table": Table,
+}
 _STEPS = 80  # of the search for a quantile; fewer than ten are usual
 
 
 def mean(m: Marginal) -> Tensor:
-    """Posterior mean ``[*plates, *event]``.
+    """Posterior mean ``[*plates, *event]``; on a manifold the centre, an element of the group.
 
     >>> mean(Weighted(torch.tensor([0.0, 1.0]), torch.tensor([0.25, 0.75])))
     tensor(0.7500)
     """
-    if isinstance(m, Gaussian):
+    if isinstance(m, (Gaussian, JointGaussian)):
         return m.loc
     if isinstance(m, GaussianMixture):
         return torch.tensordot(m.weights, m.loc, 1)
@@ -61,9 +82,14 @@ def mean(m: Marginal) -> Tensor:
 
 
 def sd(m: Marginal) -> Tensor:
-    """Posterior standard deviation ``[*plates, *event]``."""
+    """Posterior standard deviation ``[*plates, *event]``; on a manifold that of the tangent
+    coordinates at the mean, ``[*plates, d]``.
+    """
     if isinstance(m, Gaussian):
         return m.scale
+    if isinstance(m, JointGaussian):
+        spread = m.covariance.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+        return spread if m.manifold else spread.reshape(m.loc.shape)
     if isinstance(m, GaussianMixture):
         variance = m.scale.square() + (m.loc - mean(m)).square()
         return torch.tensordot(m.weights, variance, 1).sqrt()
@@ -74,17 +100,82 @@ def sd(m: Marginal) -> Tensor:
     return (_spread_weights(m) * (m.points - mean(m)).square()).sum(0).sqrt()
 
 
+def entry_sd(m: Marginal) -> Tensor:
+    """Standard deviation ``[*plates, *event]`` of each number that :func:`mean` shows.
+
+    On a manifold these are the numbers that an element is stored as (a pose's x, y and heading in
+    the world, a quaternion's entries), to first order in the noise.
+    """
+    if not isinstance(m, JointGaussian) or m.manifold is None:
+        return sd(m)
+    slope = _storage_jacobian(by_name(m.manifold), m.loc)
+    return ((slope @ m.covariance) * slope).sum(-1).clamp(min=0).sqrt().reshape(m.loc.shape)
+
+
 def quantile(m: Marginal, q: Tensor) -> Tensor:
-    """Quantiles ``[Q, *plates, *event]`` for levels ``q`` of shape ``[Q]``."""
+    """Quantiles ``[Q, *plates, *event]`` for levels ``q`` of shape ``[Q]``.
+
+    On a manifold: of the numbers that an element is stored as, see :func:`entry_sd`.
+    """
     levels = q.reshape(-1, *(1,) * mean(m).ndim)
-    if isinstance(m, Gaussian):
-        return m.loc + m.scale * torch.special.ndtri(levels)
+    if isinstance(m, (Gaussian, JointGaussian)):
+        return mean(m) + entry_sd(m) * torch.special.ndtri(levels)
     if isinstance(m, GaussianMixture):
         return torch.stack([_mixture_quantile(m, float(level)) for level in q])
     if isinstance(m, Table):
         reached = m.table.cumsum(-1).unsqueeze(0) >= levels.unsqueeze(-1) - 1e-12
         return reached.to(torch.int8).argmax(-1).to(m.table.dtype)
     return _weighted_quantile(m, q)
+
+
+def covariance(m: Marginal, event_ndim: int) -> Tensor:
+    """Covariance ``[*plates, d, d]`` of the entries of an event, in row-major order.
+
+    Of a Gaussian that is kept entry by entry, or a mixture of such, nothing is known beyond the
+    diagonal: it is refused for events of more than one entry.
+
+    Args:
+        m: of a continuous site.
+        event_ndim: number of trailing axes of the mean that are one event.
+
+    >>> covariance(Gaussian(torch.zeros(3), torch.full((3,), 2.0)), 0).shape
+    torch.Size([3, 1, 1])
+    """
+    if isinstance(m, JointGaussian):
+        return m.covariance
+    centre = mean(m)
+    plates = centre.shape[: centre.ndim - event_ndim]
+    d = math.prod(centre.shape[len(plates) :])
+    if isinstance(m, Weighted):
+        off = (m.points - centre).reshape(len(m.points), *plates, d)
+        weights = _spread_weights(m).expand_as(m.points).reshape(off.shape)
+        return torch.einsum("s...i,s...j->...ij", weights * off, off)
+    if d > 1:
+        raise ValueError("only the variances of its entries are kept, not their covariances")
+    return sd(m).square().reshape(*plates, 1, 1)
+
+
+def draw(m: JointGaussian, n: int, generator: Generator | None = None) -> Tensor:
+    """Draws ``[n, *plates, *event]``: joint within an event, independent between plate elements."""
+    root = torch.linalg.cholesky(m.covariance)
+    shape = (n, *m.covariance.shape[:-1])
+    noise = torch.randn(shape, generator=generator, dtype=m.loc.dtype, device=m.loc.device)
+    step = (root @ noise.unsqueeze(-1)).squeeze(-1)
+    if m.manifold is not None:
+        return by_name(m.manifold).retract(m.loc, step)
+    return m.loc + step.reshape(n, *m.loc.shape)
+
+
+def _storage_jacobian(manifold: Manifold, loc: Tensor) -> Tensor:
+    """``[*plates, entries, d]``: how stored numbers move with tangent coordinates at ``loc``."""
+    lead = loc.shape[: loc.ndim - len(manifold.event_shape)]
+    with torch.enable_grad():
+        step = torch.zeros((*lead, manifold.dims), dtype=loc.dtype, device=loc.device)
+        step.requires_grad_()
+        moved = manifold.retract(loc.detach(), step).reshape(*lead, -1)
+        # Elements do not touch each other: the sum over them has the gradient of each.
+        rows = [torch.autograd.grad(x.sum(), step, retain_graph=True)[0] for x in moved.unbind(-1)]
+    return torch.stack(rows, -2)
 
 
 def _mixture_quantile(m: GaussianMixture, level: float) -> Tensor:
@@ -129,7 +220,7 @@ def probs(m: Marginal, values: int | None = None) -> Tensor:
     """Probabilities ``[*plates, V]`` of a discrete site's values 0, 1, ..., V-1."""
     if isinstance(m, Table):
         return m.table
-    if isinstance(m, (Gaussian, GaussianMixture)):
+    if isinstance(m, (Gaussian, GaussianMixture, JointGaussian)):
         raise ValueError("a continuous site has no table of probabilities")
     top = int(m.points.max().item()) + 1 if values is None else values
     hits = m.points.unsqueeze(-1) == torch.arange(top, dtype=m.points.dtype, device=m.points.device)

@@ -120,8 +120,13 @@ class Model(Generic[P]):
         need_observed: bool = True,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        before: Mapping[str, Sequence[Any]] | None = None,
     ) -> Bound:
-        """The graph together with its data, checked and moved to where the run happens."""
+        """The graph together with its data, checked and moved to where the run happens.
+
+        ``before`` holds the labels of an earlier binding that the data extends, see
+        :func:`ppl.binding.bind`.
+        """
         columns = self.columns(data)
         run_dtype = dtype or torch.float64
         return bind(
@@ -133,6 +138,7 @@ class Model(Generic[P]):
             need_observed=need_observed,
             dtype=run_dtype,
             device=None if device is None else torch.device(device),
+            before=before,
         )
 
     def sample(

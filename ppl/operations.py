@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from ppl.errors import ModelError
 
 POINTWISE = frozenset(
     """abs absolute neg negative exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square sin cos tan asin acos atan arcsin
@@ -35,6 +38,46 @@ REDUCTIONS = {
     "log_softmax": False, "cumsum": False, "cumprod": False, "logcumsumexp": False, "std": True, "var": True, "all": True,
     "any": True, "nansum": True, "flip": False, "softmin": False, "argmax": False, "argmin": False, "count_nonzero": True,
 }  # fmt: skip
+
+
+class Batched:
+    """A function of tensors with any leading axes, recorded in a model as one node.
+
+    Its leading axes broadcast, so lowering calls it as it is; no ``vmap`` goes around it.
+
+    Args:
+        name: of the node.
+        run: the function on plain tensors.
+        inputs: shape of the trailing axes that each argument has of its own.
+        output: number of trailing axes that the result has of its own.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        run: Callable[..., Tensor],
+        inputs: tuple[tuple[int, ...], ...],
+        output: int,
+    ) -> None:
+        self.__name__, self.run, self.inputs, self.output = name, run, inputs, output
+
+    def __call__(self, *args: Any) -> Tensor:
+        dtype = next((x.dtype for x in args if isinstance(x, Tensor)), torch.float64)
+        tensors = tuple(
+            x if isinstance(x, Tensor) else torch.as_tensor(x, dtype=dtype) for x in args
+        )
+        if has_torch_function(tensors):  # a value of a model under trace records the call
+            return handle_torch_function(self, tensors, *tensors)
+        for x, shape in zip(tensors, self.inputs, strict=True):
+            if shape and tuple(x.shape[-len(shape) :]) != shape:
+                raise ModelError(
+                    f"{self.__name__}: expected an argument [..., {', '.join(map(str, shape))}], got "
+                    f"{list(x.shape)}. The numbers of one element stand last."
+                )
+        return self.run(*tensors)
+
+    def __repr__(self) -> str:
+        return self.__name__
 
 
 def reduction(

@@ -23,11 +23,15 @@ class Degree(IntEnum):
 _LINEAR = frozenset(
     """__neg__ neg negative sum mean reshape view flatten squeeze unsqueeze transpose permute t T mT getitem stack cat
     concat clone contiguous detach expand flip roll diff unbind select narrow positive constant _identity to double
-    float cumsum movedim swapaxes expand_as broadcast_to split chunk diagonal diag_embed""".split()
+    float cumsum movedim swapaxes expand_as broadcast_to split chunk diagonal diag_embed fft_fft fft_ifft fft_rfft
+    fft_irfft fft_hfft fft_ihfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn fft_rfftn fft_irfftn
+    fft_fftshift fft_ifftshift real imag conj view_as_real view_as_complex pad tile repeat
+    unfold fold trace tril triu rot90 fliplr flipud hstack vstack avg_pool1d avg_pool2d""".split()
 )
 _SUM = frozenset("add sub subtract __add__ __radd__ __sub__ __rsub__ rsub".split())
 _PRODUCT = frozenset(
-    "mul multiply __mul__ __rmul__ matmul __matmul__ __rmatmul__ mv mm dot vdot inner outer einsum linear vecdot".split()
+    """mul multiply __mul__ __rmul__ matmul __matmul__ __rmatmul__ mv mm dot vdot inner outer einsum linear vecdot kron
+    conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d""".split()
 )
 _QUOTIENT = frozenset("div divide true_divide __truediv__ __div__".split())
 

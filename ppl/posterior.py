@@ -14,6 +14,7 @@ from ppl import marginals as mg
 from ppl.binding import Bound
 from ppl.diagnostics import Diagnostics, LooResult
 from ppl.errors import DataError, UnsupportedError, nearest
+from ppl.manifolds import manifold_of
 from ppl.marginals import Marginal
 from ppl.streams import Streams
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from ppl.plots import Plots
 
 Sampler = Callable[[int, Streams], Mapping[str, Tensor]]
+Joints = Callable[[str], "Joint"]
 
 
 class Evidence(NamedTuple):
@@ -38,8 +40,30 @@ class Evidence(NamedTuple):
         return f"{self.value:.{decimals}f} ± {self.se:.{decimals}f} ({self.kind})"
 
 
+class Joint(NamedTuple):
+    """The Gaussian of all variables that a factor touches, one for each element of its plates."""
+
+    names: tuple[str, ...]  # of the variables; one that is touched twice stands twice
+    mean: tuple[Tensor, ...]  # of each: [*plates of the factor, *event]
+    covariance: Tensor  # [*plates of the factor, D, D], coordinates in the order of the names
+
+
 class Posterior:
     """What is known after the fit. Sites are addressed by name; tensors are ``[*plates, *event]``.
+
+    Of a site on a manifold the mean is an element of the group, ``sd`` and ``covariance`` speak of
+    tangent coordinates at it, and quantiles of the numbers that an element is stored as.
+
+    Args:
+        bound: the graph and its data.
+        marginals: what is known of each latent.
+        method: name of the backend.
+        sampler: joint draws of all latents.
+        log_evidence: when the backend has one.
+        diagnostics: of the run.
+        params: learned constants.
+        seed: of the run.
+        joints: the joint Gaussian of the variables that a factor touches, by its name.
 
     Attributes:
         method: name of the backend; ``why`` says how it was chosen.
@@ -59,6 +83,7 @@ class Posterior:
         diagnostics: Diagnostics | None = None,
         params: Mapping[str, Tensor] | None = None,
         seed: int = 0,
+        joints: Joints | None = None,
     ) -> None:
         self.bound = bound
         self.marginals = dict(marginals)
@@ -71,7 +96,9 @@ class Posterior:
         self.seed = seed
         self.model: Model[Any] | None = None
         self._sampler = sampler
+        self._joints = joints
         self._continue: Callable[[int], Posterior] | None = None
+        self._extend: Callable[..., Posterior] | None = None
         self._draws: dict[str, Tensor] | None = None
 
     # ---- marginals ------------------------------------------------------------------------------------------
@@ -105,6 +132,51 @@ class Posterior:
     def sd(self, name: str) -> Tensor:
         """Posterior standard deviation."""
         return mg.sd(self.marginal(name))
+
+    def covariance(self, name: str) -> Tensor:
+        """Posterior covariance ``[*plates, d, d]`` of the entries of one event.
+
+        On a manifold ``d`` counts the tangent coordinates at the mean, otherwise the entries of the
+        event in row-major order.
+
+        Raises:
+            DataError: the site is discrete, or was kept entry by entry.
+        """
+        marginal, event = self.marginal(name), self._event_ndim(name)
+        if isinstance(marginal, mg.Table) or self._is_discrete(name):
+            raise DataError(f"covariance('{name}'): the site is discrete. Use probs.")
+        if self._manifold(name) is not None and not isinstance(marginal, mg.JointGaussian):
+            raise DataError(
+                f"covariance('{name}'): {self.method} keeps no tangent coordinates. Use samples."
+            )
+        try:
+            return mg.covariance(marginal, event)
+        except ValueError as error:
+            raise DataError(
+                f"covariance('{name}'): {error}. Estimate it from posterior.samples(n)['{name}']."
+            ) from None
+
+    def joint(self, site: str) -> Joint:
+        """The joint Gaussian of the variables that each element of a factor touches.
+
+        Args:
+            site: name of a factor, such as the observation of an edge between two poses.
+
+        Raises:
+            DataError: there is no such factor.
+            UnsupportedError: the backend has no joint Gaussians.
+        """
+        factors = self.bound.graph.factors
+        if site not in factors:
+            raise DataError(
+                f"joint('{site}'): no factor has that name.{nearest(site, factors)} Factors: {', '.join(factors)}."
+            )
+        if self._joints is None:
+            raise UnsupportedError(
+                f"joint('{site}'): {self.method} keeps no joint Gaussians of factors. Use samples(n), or method='gbp' "
+                "or 'laplace'."
+            )
+        return self._joints(site)
 
     def quantile(self, name: str, q: float | Sequence[float] | Tensor) -> Tensor:
         """Posterior quantiles: ``[*plates, *event]`` for one level, ``[Q, *plates, *event]`` for several."""
@@ -207,6 +279,44 @@ class Posterior:
             )
         return self._continue(iterations)
 
+    def extend(
+        self,
+        new_data: Any,
+        *,
+        labels: Mapping[str, Sequence[Any]] | None = None,
+        sizes: Mapping[str, int] | None = None,
+        along: str | None = None,
+        max_iters: int | None = None,
+        **options: Any,
+    ) -> Posterior:
+        """Continue with more data, from where the fit ended.
+
+        Args:
+            new_data: the new rows only: a mapping of arrays, a data frame, or a list of these. New
+                elements stand behind the old ones in their plates; columns that point into a plate
+                use positions in the grown plate, or labels.
+            labels: names of new elements, where no column of the new data tells.
+            sizes: of plates after they have grown, where neither arrays nor pointers tell.
+            along: plate along which arrays of several plates grow, where their shapes do not tell.
+            max_iters: most steps; as in the fit by default.
+            **options: of the backend, such as ``lag={"time": 50}``.
+
+        Returns:
+            The posterior given all data; this one stays as it is.
+
+        Raises:
+            UnsupportedError: the backend cannot continue. ``infer(model, new_data, prior=posterior)``
+                works with every backend.
+            DataError: the new rows do not fit the old ones.
+        """
+        if self._extend is None:
+            raise UnsupportedError(
+                "this posterior cannot be extended: it was loaded from a file. Use infer(model, new_data, prior=posterior), "
+                "which carries what it knows of each latent over to the next fit."
+            )
+        binding = {"labels": labels, "sizes": sizes, "along": along}
+        return self._extend(new_data, binding, max_iters, options)
+
     # ---- out ------------------------------------------------------------------------------------------------
 
     def save(self, file: str | Path) -> None:
@@ -259,6 +369,20 @@ class Posterior:
             }
             draws |= simulate(self.bound, n, Streams(self.seed), known=known, sites=names)
         return draws
+
+    def _event_ndim(self, name: str) -> int:
+        graph = self.bound.graph
+        if name in graph.variables:
+            return len(graph.variables[name].event_shape)
+        return len(graph.nodes[graph.factors[name].value.id].event_shape)
+
+    def _is_discrete(self, name: str) -> bool:
+        variable = self.bound.graph.variables.get(name)
+        return variable is not None and variable.is_discrete
+
+    def _manifold(self, name: str) -> Any:
+        variable = self.bound.graph.variables.get(name)
+        return None if variable is None else manifold_of(variable)
 
     def _is_observed(self, name: str) -> bool:
         return self.bound.graph.variables[name].role == "observed"

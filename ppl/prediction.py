@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ppl import marginals as mg
-from ppl.binding import Bound
+from ppl.binding import Bound, positions_of
 from ppl.diagnostics import LooResult, loo
 from ppl.errors import DataError, UnsupportedError, nearest
 from ppl.lower import Compiler, map_name, variables_of
@@ -290,16 +290,11 @@ def _matched(old: Bound, new: Bound, name: str, draw: Tensor) -> Known:
         return Known(draw)
     mask = torch.ones([new.size(p) for p in plates], dtype=torch.bool, device=draw.device)
     for at, plate in enumerate(plates):
-        rows = _rows(old.labels[plate], new.labels[plate]).to(draw.device)
+        rows = positions_of(old.labels[plate], new.labels[plate]).to(draw.device)
         draw = draw.index_select(at + 1, rows.clamp(min=0))
         seen = rows >= 0
         mask &= seen.reshape([-1 if i == at else 1 for i in range(len(plates))])
     return Known(draw, mask)
-
-
-def _rows(old: Sequence[Any], new: Sequence[Any]) -> Tensor:
-    where = {label: i for i, label in enumerate(old)}
-    return torch.tensor([where.get(label, -1) for label in new])
 
 
 def _forecast_plate(posterior: Posterior, steps: Mapping[str, int]) -> tuple[str, int]:

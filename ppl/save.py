@@ -18,6 +18,7 @@ from torch import Tensor
 from ppl import marginals as mg
 from ppl.binding import Bound
 from ppl.columns import Column, Columns
+from ppl.continual import with_laws
 from ppl.diagnostics import Diagnostics
 from ppl.errors import DataError, PPLError
 from ppl.marginals import Marginal
@@ -44,7 +45,8 @@ def save(posterior: Posterior, file: str | Path) -> None:
         "format": _FORMAT,
         "version": _VERSION,
         "about": json.dumps(_about(posterior)),
-        "marginals": {n: _cpu(m._asdict()) for n, m in posterior.marginals.items()},
+        "marginals": {n: _cpu(_tensors(m)) for n, m in posterior.marginals.items()},
+        "prior": {n: _cpu(_tensors(m)) for n, m in posterior.bound.prior.items()},
         "params": _cpu(posterior.params),
         "pool": _cpu(_pool(posterior)),
         "trace": _cpu(posterior.trace),
@@ -75,7 +77,7 @@ def load(file: str | Path, model: Model[Any]) -> Posterior:
     try:
         about = json.loads(content["about"])
         columns = _columns(about["columns"], content["columns"])
-        bound = _bind(file, model, about, columns)
+        bound = _bind(file, model, content, about, columns)
         return _rebuilt(model, bound, content, about)
     except PPLError:
         raise
@@ -98,6 +100,12 @@ def _about(posterior: Posterior) -> dict[str, Any]:
         "why": posterior.why,
         "seed": posterior.seed,
         "kinds": {n: _kind(m) for n, m in posterior.marginals.items()},
+        "prior_kinds": {n: _kind(m) for n, m in bound.prior.items()},
+        "manifolds": {
+            n: m.manifold
+            for n, m in (*posterior.marginals.items(), *bound.prior.items())
+            if isinstance(m, mg.JointGaussian)
+        },
         "evidence": None if posterior.log_evidence is None else list(posterior.log_evidence),
         "diagnostics": {
             "converged": quality.converged,
@@ -120,6 +128,10 @@ def _about(posterior: Posterior) -> dict[str, Any]:
 
 def _kind(marginal: Marginal) -> str:
     return next(kind for kind, record in mg.KINDS.items() if isinstance(marginal, record))
+
+
+def _tensors(marginal: Marginal) -> dict[str, Tensor]:
+    return {k: t for k, t in marginal._asdict().items() if isinstance(t, Tensor)}
 
 
 def _pool(posterior: Posterior) -> dict[str, Tensor]:
@@ -230,7 +242,13 @@ def _columns(described: Sequence[Mapping[str, Any]], arrays: Mapping[str, Tensor
     )
 
 
-def _bind(file: str | Path, model: Model[Any], about: Mapping[str, Any], columns: Columns) -> Bound:
+def _bind(
+    file: str | Path,
+    model: Model[Any],
+    content: Mapping[str, Any],
+    about: Mapping[str, Any],
+    columns: Columns,
+) -> Bound:
     labels, sizes = about["labels"], about["sizes"]
     other = (
         f"'{file}' is a posterior of model '{about['model']}' (fingerprint "
@@ -246,6 +264,8 @@ def _bind(file: str | Path, model: Model[Any], about: Mapping[str, Any], columns
             dtype=getattr(torch, about["dtype"]),
             device="cpu",
         )
+        laws = {n: _marginal(content["prior"][n], n, kind, about) for n, kind in _priors(about)}
+        bound = with_laws(bound, laws, bound.labels) if laws else bound
     except PPLError as error:
         raise DataError(other % f"does not fit its data: {error}") from error
     found = bound.graph.fingerprint()
@@ -260,7 +280,10 @@ def _rebuilt(
     quality, evidence = about["diagnostics"], about["evidence"]
     posterior = Posterior(
         bound,
-        {n: mg.KINDS[kind](**content["marginals"][n]) for n, kind in about["kinds"].items()},
+        {
+            n: _marginal(content["marginals"][n], n, kind, about)
+            for n, kind in about["kinds"].items()
+        },
         method=about["method"],
         sampler=_Pool(content["pool"]),
         log_evidence=None if evidence is None else Evidence(*evidence),
@@ -278,6 +301,16 @@ def _rebuilt(
     )
     posterior.why, posterior.model, posterior.trace = about["why"], model, dict(content["trace"])
     return posterior
+
+
+def _priors(about: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Latents whose laws came from an earlier posterior, and the kinds of their records."""
+    return list(about.get("prior_kinds", {}).items())
+
+
+def _marginal(tensors: Mapping[str, Tensor], name: str, kind: str, about: Mapping[str, Any]) -> Any:
+    more = {"manifold": about["manifolds"][name]} if kind == "joint" else {}
+    return mg.KINDS[kind](**tensors, **more)
 
 
 class _Pool:

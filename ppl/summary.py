@@ -180,7 +180,7 @@ def _rows(posterior: Posterior, name: str, most: int | None = None) -> list[Row]
         numbers = [torch.full_like(centre, torch.nan)] * 5
     else:
         levels = torch.tensor(_LEVELS, dtype=centre.dtype, device=centre.device)
-        numbers = [centre, mg.sd(marginal), *mg.quantile(marginal, levels)]
+        numbers = [centre, mg.entry_sd(marginal), *mg.quantile(marginal, levels)]
     quality = posterior.diagnostics
     numbers += [_per_scalar(table.get(name), centre) for table in (quality.ess, quality.pareto_k)]
     cells = zip(*(t.reshape(-1)[:most].tolist() for t in numbers), strict=True)

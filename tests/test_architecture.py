@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"ppl": "ppl", "inference": "ppl.inference", "models": "ppl.models"}
+SHARED = {"ppl.inference.numerics", "ppl.inference.groups"}  # packages that several backends use
 CORE = {"torch", "numpy", "scipy", "opt_einsum", "typing_extensions"}
 
 
@@ -69,7 +70,7 @@ def backend_of(name: str) -> str | None:
     if not within(name, "ppl.inference") or name.count(".") < 2:
         return None
     top = ".".join(name.split(".")[:3])
-    if top == "ppl.inference.numerics":
+    if top in SHARED:
         return None
     is_package = FILES[top].name == "__init__.py"
     return top if is_package or "supports" in _top_level_functions(top) else None
@@ -92,6 +93,11 @@ def test_a_backend_imports_no_other_backend():
         return target is None or target == backend_of(importer)
 
     assert not wrong(inside, allowed)
+
+
+def test_what_backends_share_imports_no_backend():
+    shared = [name for name in FILES if within(name, *SHARED)]
+    assert not wrong(shared, lambda a, b: b not in FILES or backend_of(b) is None)
 
 
 def test_numerics_import_nothing_of_ours():

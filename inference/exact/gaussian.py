@@ -134,7 +134,7 @@ class GaussianPart:
         """Cut ``[*lead, D]`` into one array ``[*lead, *plates, *event]`` for each latent."""
         lead = flat.shape[:-1]
         return {
-            name: flat[..., start : start + math.prod(shape)].reshape(*lead, *shape)
+            name: flat[..., start : start + math.prod(shape)].reshape((*lead, *shape))
             for name, (start, shape) in self.places.items()
         }
 
@@ -155,6 +155,22 @@ def variances(solution: Solution) -> Tensor:
     eye = torch.eye(solution.chol.shape[-1], dtype=solution.chol.dtype, device=solution.chol.device)
     inverse = torch.linalg.solve_triangular(solution.chol, eye, upper=False)
     return inverse.square().sum(-2)
+
+
+def covariances(solution: Solution, start: int, elements: int, entries: int) -> Tensor:
+    """Covariances ``[g, elements, entries, entries]`` within the events of one latent.
+
+    Args:
+        solution: of every case.
+        start: first coordinate of the latent.
+        elements: of its plates together.
+        entries: of one event.
+    """
+    eye = torch.eye(solution.chol.shape[-1], dtype=solution.chol.dtype, device=solution.chol.device)
+    columns = eye[:, start : start + elements * entries]
+    inverse = torch.linalg.solve_triangular(solution.chol, columns, upper=False)
+    rows = inverse.unflatten(-1, (elements, entries)).movedim(-2, 1)  # [g, elements, D, entries]
+    return rows.mT @ rows
 
 
 def draw(solution: Solution, noise: Tensor) -> Tensor:

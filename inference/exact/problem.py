@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,11 +14,12 @@ from ppl.backend import Info, Settings
 from ppl.binding import Bound
 from ppl.diagnostics import Diagnostics
 from ppl.errors import NumericalError, UnsupportedError
-from ppl.inference.exact.gaussian import draw, variances
+from ppl.graph import Variable
+from ppl.inference.exact.gaussian import GaussianPart, Solution, covariances, draw, variances
 from ppl.inference.exact.integrand import Case, Integrand, make_integrand
 from ppl.inference.exact.quadrature import expected_nodes, integrate, nodes_of
 from ppl.inference.exact.split import split
-from ppl.marginals import Gaussian, GaussianMixture, Marginal, Table, Weighted
+from ppl.marginals import Gaussian, GaussianMixture, JointGaussian, Marginal, Table, Weighted
 from ppl.posterior import Evidence, Posterior
 from ppl.streams import Streams
 
@@ -56,11 +58,8 @@ def prepare(bound: Bound, options: Exact, settings: Settings) -> Problem:
     Raises:
         UnsupportedError: an option of ``infer`` is not supported, or the work would take hours.
     """
-    for name, value in (("minibatch", settings.minibatch), ("prior", settings.prior)):
-        if value is not None:
-            raise UnsupportedError(
-                f"exact does not support {name}=. Leave it out, or use method='qem'."
-            )
+    if settings.minibatch is not None:
+        raise UnsupportedError("exact does not support minibatch=. Leave it out.")
     integrand = make_integrand(bound, split(bound.graph), settings.memory)
     work = _work(integrand)
     if work > _MOST_WORK:
@@ -211,6 +210,9 @@ def _gaussian_marginals(cases: _Cases) -> dict[str, Marginal]:
     part = integrand.gaussian
     if part is None:
         return {}
+    if cases.case.number == 1:
+        solution = part.solve(integrand.values(cases.case), 1)
+        return {v.name: _of_one_case(part, solution, v) for v in integrand.parts.gaussian}
     means, spreads = [], []
     for rows in integrand.chunks(cases.case.number):
         chunk = cases.case.at(rows)
@@ -218,9 +220,19 @@ def _gaussian_marginals(cases: _Cases) -> dict[str, Marginal]:
         means.append(solution.mean)
         spreads.append(variances(solution).sqrt())
     loc, scale = part.sites(torch.cat(means)), part.sites(torch.cat(spreads))
-    if cases.case.number == 1:
-        return {n: Gaussian(loc[n][0], scale[n][0]) for n in loc}
     return {n: GaussianMixture(loc[n], scale[n], cases.weight) for n in loc}
+
+
+def _of_one_case(part: GaussianPart, solution: Solution, variable: Variable) -> Marginal:
+    """A Gaussian an element; of vectors with the covariance within each."""
+    start, shape = part.places[variable.name]
+    loc = part.sites(solution.mean[0])[variable.name]
+    entries = variable.dims
+    if entries == 1:
+        return Gaussian(loc, part.sites(variances(solution)[0].sqrt())[variable.name])
+    within = covariances(solution, start, math.prod(shape) // entries, entries)[0]
+    plates = shape[: len(shape) - len(variable.event_shape)]
+    return JointGaussian(loc, within.reshape(*plates, entries, entries))
 
 
 def _summed_marginals(cases: _Cases) -> dict[str, Marginal]:

@@ -123,9 +123,8 @@ def prepare(bound: Bound, options: QEM, settings: Settings) -> Problem:
     Raises:
         UnsupportedError: the plan does not fit the memory budget, or an option of ``infer`` is not supported.
     """
-    for name, value in (("minibatch", settings.minibatch), ("prior", settings.prior)):
-        if value is not None:
-            raise UnsupportedError(f"qem does not support {name}= in this version. Leave it out.")
+    if settings.minibatch is not None:
+        raise UnsupportedError("qem does not support minibatch= in this version. Leave it out.")
     blocks = make_blocks(bound.graph, options)
     restarts = settings.restarts if settings.restarts > 1 else 0
     sizes = particle_counts(bound, blocks, options, settings)

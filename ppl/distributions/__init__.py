@@ -3,6 +3,7 @@ lacks.
 """
 
 from ppl.distributions.base import Distribution, Leaf
+from ppl.distributions.concentrated import ConcentratedNormal
 from ppl.distributions.continuous import Cauchy, Laplace, Logistic, Normal, StudentT, Uniform
 from ppl.distributions.discrete import (
     Bernoulli,
@@ -45,13 +46,13 @@ from ppl.distributions.positive import (
     LogNormal,
     Weibull,
 )
-from ppl.distributions.robust import Robust, robust_loss
+from ppl.distributions.robust import Robust, robust_log_norm, robust_loss, robust_weight
 from ppl.distributions.special import Delta, Flat, HalfFlat, Markov
 from ppl.distributions.wrappers import Censored, Independent, Masked, Truncated
 
 _FAMILIES: tuple[type[Distribution], ...] = (
-    Bernoulli, Beta, Binomial, Categorical, Cauchy, Censored, Chi2, ContinuousBernoulli, Delta,
-    Dirichlet, Exponential, FisherSnedecor, Flat, Gamma, GeneralizedPareto, Geometric, Gumbel,
+    Bernoulli, Beta, Binomial, Categorical, Cauchy, Censored, Chi2, ConcentratedNormal,
+    ContinuousBernoulli, Delta, Dirichlet, Exponential, FisherSnedecor, Flat, Gamma, GeneralizedPareto, Geometric, Gumbel,
     HalfCauchy, HalfFlat, HalfNormal, Independent, InverseGamma, Kumaraswamy, LKJCholesky,
     Laplace, LogNormal, Logistic, LogisticNormal, LowRankMultivariateNormal, Markov, Mixture,
     MixtureSameFamily, Multinomial, MultivariateNormal, NegativeBinomial, Normal,
@@ -65,7 +66,7 @@ KNOWN: dict[str, type[Distribution]] = {family.__name__: family for family in _F
 
 __all__ = [
     "KNOWN", "Bernoulli", "Beta", "Binomial", "Categorical", "Cauchy", "Censored", "Chi2",
-    "ContinuousBernoulli", "Delta", "Dirichlet", "Distribution", "Exponential", "FisherSnedecor",
+    "ConcentratedNormal", "ContinuousBernoulli", "Delta", "Dirichlet", "Distribution", "Exponential", "FisherSnedecor",
     "Flat", "Foreign", "Gamma", "GeneralizedPareto", "Geometric", "Gumbel", "HalfCauchy",
     "HalfFlat", "HalfNormal", "Independent", "InverseGamma", "Kumaraswamy", "LKJCholesky",
     "Laplace", "Leaf", "Library", "LogNormal", "Logistic", "LogisticNormal",
@@ -74,5 +75,5 @@ __all__ = [
     "OneHotCategoricalStraightThrough", "Pareto", "Poisson", "RelaxedBernoulli",
     "RelaxedOneHotCategorical", "Robust", "SpikeSlab", "StudentT", "TransformedDistribution",
     "Truncated", "Uniform", "VonMises", "Weibull", "Wishart", "ZeroInflated", "as_distribution",
-    "robust_loss",
+    "robust_log_norm", "robust_loss", "robust_weight",
 ]  # fmt: skip

@@ -36,8 +36,13 @@ class Normal(Distribution):
     scale: Any
 
     def log_prob(self, value: Tensor) -> Tensor:
+        residual, log_norm = self.whitened(value)
+        return log_norm - 0.5 * residual.square()
+
+    def whitened(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Residual of unit variance, and the log-density at zero, entry by entry."""
         value, loc, scale = self.against(value)
-        return -0.5 * ((value - loc) / scale).square() - (scale.log() + HALF_LOG_2PI)
+        return (value - loc) / scale, -(scale.log() + HALF_LOG_2PI)
 
     def sample(self, shape: Sequence[int] = (), generator: Generator | None = None) -> Tensor:
         loc, scale = self.expanded(shape, generator)

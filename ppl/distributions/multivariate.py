@@ -46,32 +46,19 @@ class MultivariateNormal(Distribution):
             )
 
     def log_prob(self, value: Tensor) -> Tensor:
+        residual, log_norm = self.whitened(value)
+        return log_norm - 0.5 * residual.square().sum(-1)
+
+    def whitened(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Residual ``[*batch, d]`` of unit covariance, and the log-density ``[*batch]`` at zero."""
         value, loc, matrix = self.against(value)
-        white, log_det = self._whitening(matrix)
-        residual = times_matrix(value - loc, white)
-        return log_det - 0.5 * residual.square().sum(-1) - loc.shape[-1] * HALF_LOG_2PI
-
-    def _whitening(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """``W`` with ``W @ W.mT`` the precision, and its log-determinant; both of the shape of the
-        parameter.
-        """
-        if self._items()[1][0] == "precision_matrix":
-            white = torch.linalg.cholesky(matrix)
-            return white, _log_diagonal(white)
-        chol = self._cholesky(matrix)
-        eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-        return torch.linalg.solve_triangular(chol, eye, upper=False).mT, -_log_diagonal(chol)
-
-    def _cholesky(self, matrix: Tensor) -> Tensor:
-        return matrix if self._items()[1][0] == "scale_tril" else torch.linalg.cholesky(matrix)
+        white, log_det = whitening(self._items()[1][0], matrix)
+        return times_matrix(value - loc, white), log_det - loc.shape[-1] * HALF_LOG_2PI
 
     def sample(self, shape: Sequence[int] = (), generator: Generator | None = None) -> Tensor:
         loc, matrix = self.tensors(generator=generator).values()
         noise = standard(torch.randn, (*shape, loc.shape[-1]), loc, generator)
-        if self._items()[1][0] == "precision_matrix":
-            white, _ = self._whitening(matrix)
-            return loc + times_matrix(noise, torch.linalg.inv(white))
-        return loc + times_matrix(noise, self._cholesky(matrix).mT)
+        return loc + times_matrix(noise, colouring(self._items()[1][0], matrix))
 
     @property
     def support(self) -> Constraint:
@@ -81,10 +68,7 @@ class MultivariateNormal(Distribution):
     def covariance(self) -> Tensor:
         """Covariance ``[*batch, d, d]`` in every parametrisation."""
         matrix = list(self.tensors().values())[1]
-        name = self._items()[1][0]
-        if name == "precision_matrix":
-            return torch.linalg.inv(matrix)
-        return matrix @ matrix.mT if name == "scale_tril" else matrix
+        return covariance_of(self._items()[1][0], matrix)
 
     @property
     def mean(self) -> Tensor:
@@ -128,6 +112,35 @@ class Dirichlet(Distribution):
     def variance(self) -> Tensor:
         total = self.tensors()["concentration"].sum(-1, keepdim=True)
         return self.full(self.mean * (1 - self.mean) / (total + 1))
+
+
+def whitening(name: str, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """``W`` with ``W @ W.mT`` the precision, and its log-determinant; of the shape of the matrix.
+
+    Args:
+        name: what the matrix is: ``covariance_matrix``, ``precision_matrix`` or ``scale_tril``.
+        matrix: ``[*batch, d, d]``.
+    """
+    if name == "precision_matrix":
+        white = torch.linalg.cholesky(matrix)
+        return white, _log_diagonal(white)
+    chol = matrix if name == "scale_tril" else torch.linalg.cholesky(matrix)
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    return torch.linalg.solve_triangular(chol, eye, upper=False).mT, -_log_diagonal(chol)
+
+
+def colouring(name: str, matrix: Tensor) -> Tensor:
+    """``C`` with ``C.mT @ C`` the covariance: rows of unit noise times ``C`` have that covariance."""
+    if name == "precision_matrix":
+        return torch.linalg.inv(torch.linalg.cholesky(matrix))
+    return (matrix if name == "scale_tril" else torch.linalg.cholesky(matrix)).mT
+
+
+def covariance_of(name: str, matrix: Tensor) -> Tensor:
+    """The covariance that a matrix of this name describes."""
+    if name == "precision_matrix":
+        return torch.linalg.inv(matrix)
+    return matrix @ matrix.mT if name == "scale_tril" else matrix
 
 
 def on_simplex(value: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch.distributions.constraints import Constraint
 from ppl.distributions.arguments import Point
 from ppl.distributions.base import NESTED, STATIC, Distribution, outside
 from ppl.errors import ModelError
+from ppl.manifolds import Manifold
 
 
 class Flat(Distribution):
@@ -20,7 +21,7 @@ class Flat(Distribution):
     a start.
 
     ``size`` is the shape of one element: ``Flat()`` is one number, ``Flat(3)`` three independent
-    ones.
+    ones, ``Flat(SE2)`` one element of a group (started at the identity).
 
     >>> Flat(3).batch_shape
     torch.Size([3])
@@ -32,6 +33,9 @@ class Flat(Distribution):
     size: Any
 
     def check(self) -> None:
+        if isinstance(self.size, Manifold) and type(self) is Flat:
+            self.event_dim = len(self.size.event_shape)
+            return
         sizes = (
             () if self.size is None else (self.size,) if isinstance(self.size, int) else self.size
         )
@@ -45,16 +49,27 @@ class Flat(Distribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         (value,) = self.against(value)
-        return value.new_zeros(torch.broadcast_shapes(value.shape, self.batch_shape))
+        batch = value.shape[: value.ndim - self.event_dim]
+        return value.new_zeros(torch.broadcast_shapes(batch, self.batch_shape))
 
     def sample(self, shape: Sequence[int] = (), generator: Generator | None = None) -> Tensor:
-        return torch.zeros(
-            tuple(shape), dtype=torch.float64, device=generator.device if generator else None
-        )
+        device = generator.device if generator else None
+        if isinstance(self.size, Manifold):
+            start = self.size.identity(device=device)
+            return start.expand((*shape, *start.shape)).clone()
+        return torch.zeros(tuple(shape), dtype=torch.float64, device=device)
+
+    @property
+    def support(self) -> Constraint:
+        return self.size.support if isinstance(self.size, Manifold) else constraints.real
 
     @property
     def batch_shape(self) -> torch.Size:
-        return torch.Size(self.size or ())
+        return torch.Size(() if isinstance(self.size, Manifold) else self.size or ())
+
+    @property
+    def event_shape(self) -> torch.Size:
+        return torch.Size(self.size.event_shape if isinstance(self.size, Manifold) else ())
 
 
 class HalfFlat(Flat):
