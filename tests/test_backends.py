@@ -20,6 +20,7 @@ from ppl import (
     Normal,
     UnsupportedError,
     backend,
+    dot,
     given,
     infer,
     latent,
@@ -30,7 +31,7 @@ from ppl import (
 from ppl.backend import Settings
 from ppl.streams import Streams
 
-NAMES = [n for n in backend.names() if n in ("exact", "qem")]
+NAMES = ("exact", "qem", "laplace")
 
 
 @model
@@ -86,6 +87,18 @@ def hidden_markov():
         observe("y", Normal(3.0 * z, 1.0))
 
 
+@model
+def mixing():
+    row, coefficient = plate("row"), plate("coefficient")
+    with coefficient:
+        x = latent("x", Normal(0.0, 1.0))
+    with row:
+        with coefficient:
+            design = given("design")
+        observe("y", Normal(dot(design, x, over=coefficient), 0.5))
+
+
+DESIGN = torch.randn(24, 12, generator=torch.Generator().manual_seed(0)).double() / 24**0.5
 GRAPHS = {
     "coin": (coin, {"heads": [1, 0, 1, 1, 1]}),
     "regression": (regression, {"x": [-1.0, 0.0, 0.5, 2.0], "y": [0.1, 0.9, 1.6, 3.2]}),
@@ -96,7 +109,24 @@ GRAPHS = {
     "mixture": (mixture, {"x": [-2.0, 0.5, 3.0], "centre": [-2.0, 2.0]}),
     "walk": (walk, {"y": [0.3, 0.9, -0.2, 0.4, 1.0]}),
     "hidden markov": (hidden_markov, {"y": [0.2, -0.5, 2.7, 3.5, 3.0, 0.1]}),
+    "mixing": (mixing, {"design": DESIGN, "y": DESIGN @ torch.linspace(-2.0, 2.0, 12).double()}),
 }
+
+
+# Which graphs each backend fits, and how far it may be from the oracle: means in posterior standard deviations, then
+# logs of standard deviations (None where its variances are known to be approximate), then nats of evidence.
+FITS = {
+    "exact": dict.fromkeys(GRAPHS, (1e-8, 1e-8, 1e-8)),
+    "qem": dict.fromkeys(set(GRAPHS) - {"mixing"}, (0.15, 0.15, 0.02)),
+    "laplace": dict.fromkeys(("regression", "walk", "mixing"), (1e-6, 1e-6, 1e-6)),
+    "gbp": {
+        "regression": (1e-3, None, None),
+        "walk": (1e-6, 1e-6, 1e-6),
+        "mixing": (1e-2, None, None),
+    },
+    "amp": {"regression": (1e-3, 0.5, None), "mixing": (1e-3, 0.2, None)},
+}
+PAIRS = [(method, graph) for method in NAMES for graph in GRAPHS if graph in FITS[method]]
 
 
 def fit(name, method, **options):
@@ -115,8 +145,7 @@ def test_a_backend_is_a_module_with_six_names(method):
     module.Options()  # every field has a default
 
 
-@pytest.mark.parametrize("graph", GRAPHS)
-@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize(("method", "graph"), PAIRS)
 def test_a_step_changes_nothing_that_it_was_given(method, graph):
     module = backend.load(method)
     program, data = GRAPHS[graph]
@@ -132,8 +161,7 @@ def test_a_step_changes_nothing_that_it_was_given(method, graph):
     assert all(torch.equal(bound[k], v) for k, v in problem.bound.values.items())
 
 
-@pytest.mark.parametrize("graph", GRAPHS)
-@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize(("method", "graph"), PAIRS)
 def test_the_same_seed_gives_the_same_answer(method, graph):
     a, b = (fit(graph, method, max_iters=5) for _ in range(2))
     for site in a.marginals:
@@ -141,8 +169,7 @@ def test_the_same_seed_gives_the_same_answer(method, graph):
         assert torch.equal(a.samples(4)[site], b.samples(4)[site])
 
 
-@pytest.mark.parametrize("graph", GRAPHS)
-@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize(("method", "graph"), PAIRS)
 def test_float32_gives_the_same_answer_within_tolerance(method, graph):
     a, b = fit(graph, method), fit(graph, method, dtype=torch.float32)
     for site in a.marginals:
@@ -152,8 +179,7 @@ def test_float32_gives_the_same_answer_within_tolerance(method, graph):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device on this machine")
-@pytest.mark.parametrize("graph", GRAPHS)
-@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize(("method", "graph"), PAIRS)
 def test_cuda_gives_the_same_answer_within_tolerance(method, graph):
     a, b = fit(graph, method), fit(graph, method, device="cuda")
     for site in a.marginals:
@@ -162,17 +188,18 @@ def test_cuda_gives_the_same_answer_within_tolerance(method, graph):
         assert float(apart.max()) < 0.15, (site, apart)
 
 
-@pytest.mark.parametrize("graph", GRAPHS)
-@pytest.mark.parametrize("method", [n for n in NAMES if n != "exact"])
+@pytest.mark.parametrize(("method", "graph"), [p for p in PAIRS if p[0] != "exact"])
 def test_it_agrees_with_the_oracle(method, graph):
     exact, found = fit(graph, "exact"), fit(graph, method)
+    means, spreads, nats = FITS[method][graph]
     for site in exact.marginals:
         sd = exact.sd(site).clamp(min=1e-3)
-        assert float(((found.mean(site) - exact.mean(site)).abs() / sd).max()) < 0.15, site
+        assert float(((found.mean(site) - exact.mean(site)).abs() / sd).max()) < means, site
         wide = exact.sd(site) > 1e-3
-        assert float((found.sd(site) / exact.sd(site)).log().abs()[wide].max()) < 0.15, site
+        apart = (found.sd(site) / exact.sd(site)).log().abs()[wide].max()
+        assert spreads is None or float(apart) < spreads, site
     apart = abs(found.log_evidence.value - exact.log_evidence.value)
-    assert apart < 5 * found.log_evidence.se + 0.02, (found.log_evidence, exact.log_evidence)
+    assert nats is None or apart < 5 * found.log_evidence.se + nats, found.log_evidence
 
 
 @pytest.mark.parametrize("method", NAMES)
@@ -192,7 +219,7 @@ def test_a_refusal_lists_reasons_with_remedies(method):
     text = str(caught.value)
     assert text.startswith(f"{method} cannot fit this model:")
     assert "'taste'" in text or "taste" in text or "scale" in text
-    assert "method=" in text or "another method" in text or "groups" in text
+    assert any(remedy in text for remedy in ("method=", "another method", "groups", "Put the"))
 
 
 @pytest.mark.parametrize("method", NAMES)
