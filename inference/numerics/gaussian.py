@@ -79,8 +79,8 @@ def times(matrix: Tensor, vector: Tensor) -> Tensor:
 def from_moments(mean: Tensor, covariance: Tensor) -> Gaussian:
     """Information form of mean ``[*batch, d]`` and covariance ``[*batch, d, d]``.
 
-    >>> from_moments(torch.tensor([3.0]), torch.tensor([[0.5]]))
-    Gaussian(eta=tensor([6.]), lam=tensor([[2.]]))
+    >>> from_moments(torch.tensor([3.0]), torch.tensor([[0.25]]))
+    Gaussian(eta=tensor([12.]), lam=tensor([[4.]]))
     """
     lam = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
     return Gaussian(times(lam, mean), lam)
@@ -89,8 +89,8 @@ def from_moments(mean: Tensor, covariance: Tensor) -> Gaussian:
 def moments(belief: Gaussian) -> tuple[Tensor, Tensor]:
     """Mean ``[*batch, d]`` and covariance ``[*batch, d, d]`` of proper Gaussians.
 
-    >>> moments(Gaussian(torch.tensor([6.0]), torch.tensor([[2.0]])))
-    (tensor([3.]), tensor([[0.5000]]))
+    >>> moments(Gaussian(torch.tensor([6.0]), torch.tensor([[4.0]])))
+    (tensor([1.5000]), tensor([[0.2500]]))
     """
     covariance = torch.cholesky_inverse(torch.linalg.cholesky(belief.lam))
     return times(covariance, belief.eta), covariance
@@ -163,9 +163,8 @@ def inverse(lam: Tensor) -> Inverse:
     Closed forms up to three dimensions, Cholesky factors above. A matrix counts as singular when a pivot is below
     ``1e3 d`` units of rounding of its diagonal entry, which no change of the coordinates' units alters.
 
-    >>> inverse(torch.tensor([[[2.0]], [[0.0]]]))
-    Inverse(matrix=tensor([[[0.5000]],
-            [[1.0000]]]), proper=tensor([ True, False]))
+    >>> inverse(torch.tensor([[[2.0]], [[0.0]]])).proper
+    tensor([ True, False])
     """
     d = lam.shape[-1]
     if d <= 3:

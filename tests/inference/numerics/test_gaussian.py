@@ -33,7 +33,7 @@ def gaussian(d: int, *batch: int) -> Gaussian:
 
 @pytest.mark.parametrize("d", range(2, 13))
 def test_marginal_is_the_block_of_the_covariance(d):
-    """gbp.md part C, Algebra: marginal (2) against dense inverse, 2 to 12 dims."""
+    """Algebra: marginal (2) against dense inverse, 2 to 12 dims."""
     joint, keep = gaussian(d, 3), slice(1, 1 + d // 2)
     mean, cov = moments(joint)
     got_mean, got_cov = moments(marginal(joint, keep))
@@ -43,7 +43,7 @@ def test_marginal_is_the_block_of_the_covariance(d):
 
 @pytest.mark.parametrize("d", range(2, 13))
 def test_conditional_is_the_dense_formula(d):
-    """gbp.md part C, Algebra: conditional against dense inverse."""
+    """Algebra: conditional against dense inverse."""
     joint, keep = gaussian(d), slice(0, d // 2)
     value = torch.randn(d - d // 2, dtype=torch.float64)
     mean, cov = moments(joint)
@@ -55,7 +55,7 @@ def test_conditional_is_the_dense_formula(d):
 
 
 def test_product_then_quotient_changes_nothing():
-    """gbp.md part C, Algebra: product/quotient round trip."""
+    """Algebra: product/quotient round trip."""
     first, second = gaussian(4, 5), gaussian(4, 5)
     for got, want in zip((first + second) - second, first, strict=True):
         torch.testing.assert_close(got, want, **TIGHT)

@@ -1,0 +1,24 @@
+"""The sparse Laplace approximation: nonlinear least squares by a sparse direct solver, and a Gaussian at the mode."""
+
+from ppl.inference.laplace.implicit import solution
+from ppl.inference.laplace.online import extend
+from ppl.inference.laplace.optimise import init, step
+from ppl.inference.laplace.options import Laplace
+from ppl.inference.laplace.problem import cost, describe, prepare, supports
+from ppl.inference.laplace.results import posterior
+
+Options = Laplace
+
+__all__ = [
+    "Laplace",
+    "Options",
+    "cost",
+    "describe",
+    "extend",
+    "init",
+    "posterior",
+    "prepare",
+    "solution",
+    "step",
+    "supports",
+]
