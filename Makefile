@@ -10,7 +10,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PYTEST_ARGS ?=
 TORCH_INDEX ?=
-BENCHMARKS := benchmarks/qem_speed.py benchmarks/posteriordb.py
+BENCHMARKS := benchmarks/qem_speed.py benchmarks/posteriordb.py benchmarks/gbp_pose_graphs.py \
+              benchmarks/gbp_grids.py benchmarks/gbp_bundle.py
 
 # More threads than this cost more than they give on tensors as small as those of the tests.
 OMP_NUM_THREADS ?= 2

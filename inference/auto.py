@@ -1,13 +1,22 @@
-"""What ``method="auto"`` runs, and why: exact where it is cheap, otherwise QEM."""
+"""What ``method="auto"`` runs, and why: exact where it can be, otherwise what the graph asks for."""
 
 from __future__ import annotations
 
 from ppl import backend as backends
 from ppl.backend import Reason
 from ppl.binding import Bound
+from ppl.distributions import Flat
 from ppl.errors import UnsupportedError
+from ppl.graph import Graph
+from ppl.passes import gaussian_given
 
 _CHEAP = 3e11  # operations; some ten seconds on two CPU cores
+# After exact, the first that supports the model: mixing of many unknowns, particles, then a mode with its curvature.
+_ORDER = {
+    "amp": "many unknowns are mixed by one linear map",
+    "qem": "particles weigh every combination of latents",
+    "laplace": "latents are real, and each factor touches few of them: mode and curvature by a sparse solve",
+}
 
 
 def choose(bound: Bound) -> tuple[str, str]:
@@ -27,13 +36,26 @@ def choose(bound: Bound) -> tuple[str, str]:
     refused = {"exact": _exact_reasons(bound)}
     if not refused["exact"]:
         return "exact", "every latent can be integrated exactly, at little cost"
-    qem = backends.load("qem")
-    refused["qem"] = qem.supports(bound.graph)
-    if not refused["qem"]:
-        return "qem", f"exact cannot: {refused['exact'][0]}"
+    why = f"exact cannot: {refused['exact'][0]}"
+    if _is_linear_gaussian(bound.graph) and not backends.load("laplace").supports(bound.graph):
+        return "laplace", "every factor is Gaussian and linear, so a sparse solve is exact"
+    for name, what in _ORDER.items():
+        refused[name] = backends.load(name).supports(bound.graph)
+        if not refused[name]:
+            return name, f"{what}; {why}"
     lines = [f"{name}: {reason}" for name, reasons in refused.items() for reason in reasons]
     table = "\n    ".join(lines)
     raise UnsupportedError(f"no method can fit this model:\n    {table}")
+
+
+def _is_linear_gaussian(graph: Graph) -> bool:
+    """Whether every density is Gaussian with a mean affine in all latents together."""
+    latents = frozenset(v.name for v in graph.latents)
+    laws = [law for f in graph.densities for law in (f.law, f.chain[1] if f.chain else f.law)]
+    return all(
+        law is not None and (isinstance(law.family, Flat) or gaussian_given(graph, law, latents))
+        for law in laws
+    )
 
 
 def _exact_reasons(bound: Bound) -> list[Reason]:

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ppl.errors import DataError
+from ppl.errors import DataError, nearest
+from ppl.models.pose_graphs import PoseGraph, full_information
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -29,6 +30,16 @@ _STATES_SOURCE = (
     "https://github.com/alan-ppl/alan, examples/models/radon, written as a NumPy archive with the "
     "arrays obs, basement and log_uranium, each with _train and _test at the end"
 )
+
+_POSE_GRAPHS = {
+    "manhattan3500": "the g2o files that SE-Sync distributes, https://github.com/david-m-rosen/SE-Sync",
+    "intel": "the g2o files that SE-Sync distributes, https://github.com/david-m-rosen/SE-Sync",
+    "synthetic_manhattan3500": "a simulator; ppl.models.worlds.manhattan_world makes another",
+}
+_DESK_SOURCE = (
+    "data/fr1desk_vsmall.txt of https://github.com/joeaortiz/gbp, written as a NumPy archive"
+)
+_BEAR_SOURCE = "the sequence bear of the DAVIS videos, https://davischallenge.org, resized and written as a NumPy archive"
 
 # Gelfand, Hills, Racine-Poon and Smith (1990): 30 young rats, a row of five weights each (grams).
 _AGES = [8.0, 15.0, 22.0, 29.0, 36.0]  # days
@@ -157,12 +168,82 @@ def radon_counties() -> Split:
     return _split("radon/radon_counties.npz")
 
 
-def _split(name: str) -> Split:
+def pose_graph(name: str = "manhattan3500") -> PoseGraph:
+    """A pose graph in the plane, for :func:`ppl.models.pose_graph_2d`, with odometry to start from.
+
+    Args:
+        name: "manhattan3500" (Olson's simulated streets, 3500 poses and 5453 edges), "intel" (the
+            Intel research lab, 1728 and 2512), or "synthetic_manhattan3500" (3500 and 5427, with
+            the true poses).
+
+    Raises:
+        DataError: there is no graph of that name, or its file is not on this machine.
+    """
+    if name not in _POSE_GRAPHS:
+        raise DataError(
+            f"there is no pose graph '{name}'.{nearest(name, _POSE_GRAPHS)} Known: {', '.join(_POSE_GRAPHS)}."
+        )
+    arrays = _arrays(f"gbp/{name}.npz", _POSE_GRAPHS[name])
+    data = {key: arrays[key] for key in ("i", "j", "z", "anchor", "anchor_precision")}
+    data["info"] = full_information(arrays["info_upper"])
+    return PoseGraph(data, arrays["init"], arrays.get("truth"))
+
+
+def desk() -> dict[str, np.ndarray]:
+    """Ten key frames of the sequence fr1/desk, 640 landmarks, 1801 pixels.
+
+    Returns:
+        Data for :func:`ppl.models.bundle_adjustment`; the prior means are the start.
+
+    Raises:
+        DataError: the file is not on this machine.
+    """
+    arrays = _arrays("gbp/ba_fr1desk_vsmall.npz", _DESK_SOURCE)
+    return {
+        "pixel": arrays["meas"],
+        "seen_by": arrays["cam_idx"],
+        "shows": arrays["lm_idx"],
+        "intrinsics": arrays["K"],
+        "sigma": arrays["sigma_px"],
+        "pose_mean": arrays["cams0"],
+        "pose_sd": arrays["prior_prec_cam"] ** -0.5,
+        "point_mean": arrays["lms0"],
+        "point_sd": arrays["prior_prec_lm"] ** -0.5,
+    }
+
+
+def bear(frame: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """A frame of a video of a bear, clean and with a tenth of its pixels replaced by noise.
+
+    Args:
+        frame: 0 to 9.
+
+    Returns:
+        Both ``[258, 454, 3]`` (row, column, colour), scaled to [0, 1] over the whole video.
+
+    Raises:
+        DataError: the file is not on this machine.
+    """
+    arrays = _arrays("gbp/bear_video.npz", _BEAR_SOURCE)
+    low, high = (arrays[f"{end}_258x454"].astype(float) for end in ("vmin", "vmax"))
+    shape = arrays["noise_mask_shape"]
+    mask = np.unpackbits(arrays["noise_mask_packed"])[: np.prod(shape)].reshape(shape).astype(bool)
+    noisy = (arrays["frames_258x454"].astype(float) - low) / (high - low)
+    clean = noisy[frame].copy()
+    noisy[mask] = arrays["noise_values"]
+    return clean, noisy[frame]
+
+
+def _arrays(name: str, source: str) -> dict[str, np.ndarray]:
     path = find(name)
     if path is None:
-        raise _absent(name, _STATES_SOURCE)
+        raise _absent(name, source)
     with np.load(path) as archive:
-        arrays = {key: archive[key].astype(float) for key in archive.files}
+        return {key: archive[key] for key in archive.files}
+
+
+def _split(name: str) -> Split:
+    arrays = {key: array.astype(float) for key, array in _arrays(name, _STATES_SOURCE).items()}
     train, test = (
         {key.removesuffix(part): array for key, array in arrays.items() if key.endswith(part)}
         for part in ("_train", "_test")

@@ -27,7 +27,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # Imported on first use: the language reaches a backend, and its options record, by name only.
-_ON_USE = {"QEM": "ppl.inference.qem", "Exact": "ppl.inference.exact", "load": "ppl.save"}
+_ON_USE = {
+    "AMP": "ppl.inference.amp",
+    "GBP": "ppl.inference.gbp",
+    "QEM": "ppl.inference.qem",
+    "Exact": "ppl.inference.exact",
+    "load": "ppl.save",
+    "state_evolution": "ppl.inference.amp",
+}
 
 
 def __getattr__(name: str) -> Any:

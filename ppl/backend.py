@@ -24,14 +24,11 @@ from ppl.streams import Streams
 _REGISTRY: dict[str, str] = {
     "exact": "ppl.inference.exact",
     "qem": "ppl.inference.qem",
+    "laplace": "ppl.inference.laplace",
+    "gbp": "ppl.inference.gbp",
+    "amp": "ppl.inference.amp",
 }
-# TEMPORARY (lead): registered as soon as their modules are complete.
-for _name in ("gbp", "laplace", "amp"):
-    from pathlib import Path as _Path
-
-    if all((_Path(__file__).parents[1] / "inference" / _name / f).exists() for f in ("__init__.py", "results.py", "problem.py")):
-        _REGISTRY[_name] = f"ppl.inference.{_name}"
-_PLANNED = ("gbp", "amp", "ssvi", "laplace", "vi", "rws")
+_PLANNED = ("ssvi", "vi", "rws")
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,6 @@ class Settings:
     max_iters: int | None = None
     tol: float | None = None
     minibatch: Mapping[str, int] | None = None
-    prior: Posterior | None = None  # always None: infer puts a prior into the graph itself
 
 
 class Backend(Protocol):
