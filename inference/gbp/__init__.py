@@ -5,7 +5,8 @@ the diagnostics say by how much. Source: [Ortiz2021], [Weiss2001], [Malioutov200
 """
 
 from ppl.inference.gbp.extend import extend
-from ppl.inference.gbp.kernel import init, step
+from ppl.inference.gbp.kernel import init
+from ppl.inference.gbp.learning import step
 from ppl.inference.gbp.options import GBP
 from ppl.inference.gbp.problem import cost, describe, prepare, supports
 from ppl.inference.gbp.results import posterior

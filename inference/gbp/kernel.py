@@ -83,10 +83,12 @@ def no_messages(problem: Problem, group: Any) -> tuple[Gaussian, ...]:
     )
 
 
-def started(problem: Problem, charts: Charts, run: Run) -> State:
+def started(
+    problem: Problem, charts: Charts, run: Run, params: Mapping[str, Tensor] | None = None
+) -> State:
     """A state about charts with messages; the means are where the charts are."""
     groups, like = problem.groups, problem.groups.like
-    params = dict(groups.params)
+    params = dict(groups.params if params is None else params)
     means = {n: like.new_zeros(f.count, f.dims) for n, f in groups.families.items()}
     rows = rows_of(problem, charts, means, params, 0)
     prior = own_terms(problem, rows, means, run.proximal)
@@ -117,7 +119,7 @@ def step(problem: Problem, state: State, batch: Any = None) -> tuple[State, Info
             state = judged(problem, state, found, change, noise)
         if not state.run.converged:
             state = _cured(problem, state, change)
-    return state, _info(state, change)
+    return state, info_of(state)
 
 
 def _relinearised(problem: Problem, state: State) -> State:
@@ -274,10 +276,12 @@ def _cured(problem: Problem, state: State, change: float) -> State:
     )
 
 
-def _info(state: State, change: float) -> Info:
+def info_of(state: State) -> Info:
+    """What a person wants to see of the last round."""
     run = state.run
+    change = float(run.history[-1])
     metrics = {"energy": run.energy, "change": change, "rate": run.rate, "moved": float(run.moved)}
     return Info(metrics, done=run.converged or bool(run.failed))
 
 
-__all__ = ["begin", "init", "own_terms", "rows_of", "started", "step"]
+__all__ = ["begin", "info_of", "init", "own_terms", "rows_of", "started", "step"]

@@ -27,7 +27,7 @@ class Plan:
     """What was decided for a graph, and why."""
 
     is_tree: bool
-    is_linear: bool  # all rows fixed: quadratic and affine
+    is_linear: bool  # all rows are quadratic and affine
     schedule: str
     damping: float
     relinearise: int | str
@@ -86,7 +86,7 @@ class Problem:
 def plan_of(groups: FactorGroups, edges: Sequence[Group], options: GBP) -> Plan:
     """Choose schedule, damping and relinearisation from the graph."""
     tree = is_forest(groups.families, edges)
-    linear = all(g.is_fixed for g in groups.groups)
+    linear = all(g.is_affine and isinstance(g.loss, Quadratic) for g in groups.groups)
     curved = [g for g in groups.groups if not g.is_affine]
     crossing = [g for g in curved if g in tuple(edges)]
     why = ["a tree" if tree else "loopy", "linear" if linear else "nonlinear or robust"]

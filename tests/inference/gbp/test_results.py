@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.distributions import constraints
 
-from ppl import explain, given, infer, latent, model, observe, plate, shift
+from ppl import explain, given, infer, latent, model, observe, param, plate, shift
 from ppl.distributions import Markov, Normal
 from ppl.errors import DataError, ModelError, UnsupportedError
 from ppl.inference.gbp import GBP
@@ -176,3 +177,33 @@ def test_a_checkpoint_is_continued(tmp_path):
     whole = infer(sheet, data, method="gbp")
     assert again.diagnostics.iterations == whole.diagnostics.iterations
     torch.testing.assert_close(again.mean("x"), whole.mean("x"), rtol=1e-12, atol=1e-12)
+
+
+def test_params_are_learned_to_the_maximum_of_the_evidence():
+
+    @model
+    def noisy_walk():
+        move, noise = (param(n, 1.0, support=constraints.positive) for n in ("move", "noise"))
+        with plate("t", ordered=True):
+            x = latent("x", Markov(Normal(0.0, 1.0), lambda previous: Normal(previous, move)))
+            observe("y", Normal(x, noise))
+
+    y = 0.5 * torch.randn(80, dtype=torch.float64).cumsum(0)
+    y = y + 0.3 * torch.randn(80, dtype=torch.float64)
+    posterior = infer(noisy_walk, {"y": y}, method="gbp", tol=1e-6, max_iters=4000)
+    best = posterior.log_evidence.value
+    assert posterior.diagnostics.converged
+    for name in ("move", "noise"):
+        for factor in (0.97, 1.03):
+            params = {n: v * (factor if n == name else 1.0) for n, v in posterior.params.items()}
+
+            @model
+            def fixed(params=params):
+                with plate("t", ordered=True):
+                    walk = Markov(
+                        Normal(0.0, 1.0), lambda previous: Normal(previous, params["move"])
+                    )
+                    x = latent("x", walk)
+                    observe("y", Normal(x, params["noise"]))
+
+            assert infer(fixed, {"y": y}, method="exact").log_evidence.value < best
