@@ -7,7 +7,7 @@ from typing import Any
 from torch.distributions import constraints
 
 from ppl.backend import Reason
-from ppl.distributions import Delta, Robust, Uniform
+from ppl.distributions import Delta, Distribution, Robust, SpikeSlab, Uniform
 from ppl.graph import Factor, Graph, Ref, Variable, refs
 from ppl.inference.groups.laws import peel
 from ppl.lower import variables_of
@@ -29,10 +29,31 @@ def unsupported(graph: Graph) -> list[Reason]:
     'its law allows positive numbers only, and a Gaussian has all.'
     """
     reasons = [r for v in graph.latents if (r := _latent(v))]
+    reasons += _atoms(graph, {v.name for v in graph.latents})
     reasons += [r for f in graph.densities for r in _factor(graph, f)]
     if not graph.latents:
         reasons.append(Reason("", "the model has no latent."))
     return reasons
+
+
+def _atoms(graph: Graph, names: set[str]) -> list[Reason]:
+    """Latents whose law puts probability on single points: no Gaussian comes near that."""
+    laws = {f.name: f.law for f in graph.densities if f.law is not None and f.name in names}
+    return [
+        Reason(
+            name,
+            "can be exactly zero with positive probability, which no Gaussian can say.",
+            'Use method="amp", where one linear map mixes many of them, or method="qem".',
+        )
+        for name, law in laws.items()
+        if _has_atom(law.family)
+    ]
+
+
+def _has_atom(family: Any) -> bool:
+    inside = [part for v in vars(family).values() for part in (v if isinstance(v, tuple) else (v,))]
+    parts = [part for part in inside if isinstance(part, Distribution)]
+    return isinstance(family, (Delta, SpikeSlab)) or any(_has_atom(part) for part in parts)
 
 
 def _latent(variable: Variable) -> Reason | None:

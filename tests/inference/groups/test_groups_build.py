@@ -20,6 +20,7 @@ from ppl import (
     Markov,
     MultivariateNormal,
     Normal,
+    SpikeSlab,
     Uniform,
     factor,
     given,
@@ -223,7 +224,14 @@ def several_poses():
     latent("x", ConcentratedNormal(SE2, torch.zeros(2, 3), 1.0))
 
 
+@model
+def sparse():
+    x = latent("x", SpikeSlab(0.1, Normal(0.0, 1.0)))
+    observe("y", Normal(x, 1.0))
+
+
 REFUSED = {
+    "an atom": (sparse, "x", "exactly zero with positive probability", 'method="amp"'),
     "positive": (positive, "rate", "positive numbers only", "latent\\('log_rate'"),
     "bounded": (bounded, "share", "and a Gaussian has all numbers", "unconstrained transform"),
     "discrete": (discrete, "k", "is discrete", "Sum it out"),
