@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ppl import backend as backends
 from ppl.backend import Reason
 from ppl.binding import Bound
@@ -11,6 +13,7 @@ from ppl.graph import Graph
 from ppl.passes import gaussian_given
 
 _CHEAP = 3e11  # operations; some ten seconds on two CPU cores
+_MANY = 200  # unknowns from which the averages that message passing rests on can be trusted
 # After exact, the first that supports the model: mixing of many unknowns, particles, then a mode with its curvature.
 _ORDER = {
     "amp": "many unknowns are mixed by one linear map",
@@ -40,12 +43,19 @@ def choose(bound: Bound) -> tuple[str, str]:
     if _is_linear_gaussian(bound.graph) and not backends.load("laplace").supports(bound.graph):
         return "laplace", "every factor is Gaussian and linear, so a sparse solve is exact"
     for name, what in _ORDER.items():
-        refused[name] = backends.load(name).supports(bound.graph)
+        refused[name] = [*backends.load(name).supports(bound.graph), *_too_few(name, bound)]
         if not refused[name]:
             return name, f"{what}; {why}"
     lines = [f"{name}: {reason}" for name, reasons in refused.items() for reason in reasons]
     table = "\n    ".join(lines)
     raise UnsupportedError(f"no method can fit this model:\n    {table}")
+
+
+def _too_few(name: str, bound: Bound) -> list[Reason]:
+    count = sum(math.prod(bound.shape(v)) for v in bound.graph.latents)
+    if name != "amp" or count >= _MANY:
+        return []
+    return [Reason("", f"{count} unknowns are few for it.", "Ask for it by name if that is fine.")]
 
 
 def _is_linear_gaussian(graph: Graph) -> bool:
