@@ -11,7 +11,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PYTEST_ARGS ?=
 TORCH_INDEX ?=
 BENCHMARKS := benchmarks/qem_speed.py benchmarks/posteriordb.py benchmarks/gbp_pose_graphs.py \
-              benchmarks/gbp_grids.py benchmarks/gbp_bundle.py
+              benchmarks/gbp_grids.py benchmarks/gbp_bundle.py benchmarks/amp_sparse.py \
+              benchmarks/amp_glm.py benchmarks/amp_scale.py benchmarks/amp_phase.py
 
 # More threads than this cost more than they give on tensors as small as those of the tests.
 OMP_NUM_THREADS ?= 2

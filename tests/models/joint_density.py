@@ -16,7 +16,7 @@ def joint_density(bound: Bound, point: Mapping[str, Any]) -> float:
 
     Args:
         bound: a model with its data.
-        point: each latent ``[*plates, *event]``.
+        point: each latent ``[*plates, *event]``; params are where they start.
     """
     graph = bound.graph
     compiler = Compiler(
@@ -25,6 +25,10 @@ def joint_density(bound: Bound, point: Mapping[str, Any]) -> float:
     outputs = [compiler.density(f) for f in graph.densities]
     outputs += [compiler.transition(f) for f in graph.densities if f.chain]
     arrays = dict(bound.values) | {map_name(*key): m for key, m in bound.maps.items()}
+    arrays |= {
+        v.name: torch.as_tensor(v.initial, dtype=bound.dtype).expand(bound.shape(v))
+        for v in graph.role("param")
+    }
     arrays |= {name: torch.as_tensor(value) for name, value in point.items()}
     lowered = compiler.finish(outputs)
     return sum(float(part.sum()) for part in lowered({k: arrays[k] for k in lowered.inputs}))
