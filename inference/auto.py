@@ -10,7 +10,7 @@ from ppl.binding import Bound
 from ppl.distributions import Flat
 from ppl.errors import UnsupportedError
 from ppl.graph import Graph
-from ppl.passes import gaussian_given
+from ppl.passes import gaussian_given, upstream
 
 _CHEAP = 3e11  # operations; some ten seconds on two CPU cores
 _MANY = 200  # unknowns from which the averages that message passing rests on can be trusted
@@ -36,19 +36,34 @@ def choose(bound: Bound) -> tuple[str, str]:
     >>> choose(pick_one.bind())[0]
     'exact'
     """
+    if bound.sparse and not backends.load("amp").supports(bound.graph):
+        return "amp", f"'{bound.sparse[0]}' is a sparse matrix, which it keeps sparse"
     refused = {"exact": _exact_reasons(bound)}
     if not refused["exact"]:
         return "exact", "every latent can be integrated exactly, at little cost"
     why = f"exact cannot: {refused['exact'][0]}"
     if _is_linear_gaussian(bound.graph) and not backends.load("laplace").supports(bound.graph):
         return "laplace", "every factor is Gaussian and linear, so a sparse solve is exact"
-    for name, what in _ORDER.items():
+    for name, what in _preferred(bound.graph).items():
         refused[name] = [*backends.load(name).supports(bound.graph), *_too_few(name, bound)]
         if not refused[name]:
             return name, f"{what}; {why}"
     lines = [f"{name}: {reason}" for name, reasons in refused.items() for reason in reasons]
     table = "\n    ".join(lines)
     raise UnsupportedError(f"no method can fit this model:\n    {table}")
+
+
+def _preferred(graph: Graph) -> dict[str, str]:
+    """Methods in the order in which they are tried.
+
+    Where elements of one plate are tied to each other (poses by edges, pixels by neighbours), they must move together:
+    particles of single elements would have to hit them all at once.
+    """
+    latents = frozenset(v.name for v in graph.latents)
+    tied = any(n.op in ("gather", "shift") and upstream(graph, n.id) & latents for n in graph.nodes)
+    if not tied:
+        return _ORDER
+    return {"laplace": "elements of a plate are tied to each other", **_ORDER}
 
 
 def _too_few(name: str, bound: Bound) -> list[Reason]:

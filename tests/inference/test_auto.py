@@ -96,6 +96,22 @@ def test_a_pose_graph_is_fitted_without_naming_a_method():
     assert posterior.mean("x").abs().max() < 1e-6
 
 
+def test_elements_tied_to_each_other_are_not_left_to_particles():
+    @model
+    def plane():
+        pose = plate("pose")
+        with pose:
+            x = latent("x", Flat(2))
+        with plate("edge"):
+            a, b = x[given("i", index=pose)], x[given("j", index=pose)]
+            observe("range", Normal((a - b).square().sum(), 0.1))
+        factor("anchor", Normal(pick(x, pose=0), 1.0), at=0.0)
+
+    data = {"i": [0, 1], "j": [1, 2], "range": [1.0, 2.0]}
+    chosen, why = choose(plane.bind(data, sizes={"pose": 3}))
+    assert chosen == "laplace" and "tied to each other" in why
+
+
 def test_few_coefficients_are_not_left_to_averages():
     chosen, _ = choose(sparse.bind({"A": torch.zeros(5, 3), "y": torch.zeros(5)}))
     assert chosen != "amp"
