@@ -63,7 +63,8 @@ def _preferred(graph: Graph) -> dict[str, str]:
     tied = any(n.op in ("gather", "shift") and upstream(graph, n.id) & latents for n in graph.nodes)
     if not tied:
         return _ORDER
-    return {"laplace": "elements of a plate are tied to each other", **_ORDER}
+    rest = {name: what for name, what in _ORDER.items() if name != "laplace"}
+    return {"laplace": "elements of a plate are tied to each other", **rest}
 
 
 def _too_few(name: str, bound: Bound) -> list[Reason]:

@@ -65,9 +65,14 @@ class Node:
     where: Where
     name: str = ""  # of the variable, plate or torch function
 
-    def operands(self) -> Iterator[int]:
+    def operands(self) -> tuple[int, ...]:
         """Ids of the nodes that this one reads."""
-        yield from refs((self.args, self.kwargs))
+        return self._operands
+
+    @cached_property
+    def _operands(self) -> tuple[int, ...]:
+        # Passes walk the graph many times, and a nested structure is slow to look through.
+        return tuple(refs((self.args, self.kwargs)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -59,7 +59,7 @@ class Posterior:
         marginals: what is known of each latent.
         method: name of the backend.
         sampler: joint draws of all latents.
-        log_evidence: when the backend has one.
+        log_evidence: when the backend has one; a function where it takes work that not everybody needs.
         diagnostics: of the run.
         params: learned constants.
         seed: of the run.
@@ -79,7 +79,7 @@ class Posterior:
         *,
         method: str,
         sampler: Sampler,
-        log_evidence: Evidence | None = None,
+        log_evidence: Evidence | Callable[[], Evidence | None] | None = None,
         diagnostics: Diagnostics | None = None,
         params: Mapping[str, Tensor] | None = None,
         seed: int = 0,
@@ -89,7 +89,7 @@ class Posterior:
         self.marginals = dict(marginals)
         self.method = method
         self.why = "asked for by name"
-        self.log_evidence = log_evidence
+        self._evidence = log_evidence
         self.diagnostics = diagnostics or Diagnostics({}, {}, True, 0, 0.0, (), {})
         self.trace: dict[str, Tensor] = {}
         self.params = dict(params or {})
@@ -100,6 +100,13 @@ class Posterior:
         self._continue: Callable[[int], Posterior] | None = None
         self._extend: Callable[..., Posterior] | None = None
         self._draws: dict[str, Tensor] | None = None
+
+    @property
+    def log_evidence(self) -> Evidence | None:
+        """Log of the probability of the data, where the backend has it."""
+        if callable(self._evidence):
+            self._evidence = self._evidence()
+        return self._evidence
 
     # ---- marginals ------------------------------------------------------------------------------------------
 
@@ -199,6 +206,21 @@ class Posterior:
         if not variable.is_discrete:
             raise DataError(f"probs('{name}'): the site is continuous. Use mean, sd or quantile.")
         return mg.probs(self.marginal(name), variable.cardinality)
+
+    def inclusion(self, name: str) -> Tensor:
+        """Posterior probability ``[*plates, *event]`` that an element of a spike and slab is not zero.
+
+        Raises:
+            DataError: the site has no point mass at zero, or it was not kept.
+        """
+        found = mg.inclusion(self.marginal(name))
+        if found is None:
+            known = [n for n, m in self.marginals.items() if mg.inclusion(m) is not None]
+            raise DataError(
+                f"inclusion('{name}'): its law has no point mass at zero.{nearest(name, known)} Sites that have: "
+                f"{', '.join(known) or 'none'}. Use probs('{name}') for a discrete site."
+            )
+        return found
 
     def samples(self, n: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
         """``n`` joint draws of all latents, params and deterministic sites: ``[n, *plates, *event]`` each."""

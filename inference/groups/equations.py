@@ -31,6 +31,21 @@ class Equations:
     """The normal equations of a model. Their pattern is worked out on first use.
 
     Flat vectors are ordered as :class:`~ppl.inference.groups.coordinates.Coordinates` says.
+
+    >>> import ppl
+    >>> from ppl.inference.groups.build import build
+    >>> @ppl.model
+    ... def line():
+    ...     base = ppl.latent("base", ppl.Normal(0.0, 1.0))
+    ...     with ppl.plate("point"):
+    ...         ppl.observe("y", ppl.Normal(base, 1.0))
+    >>> equations = Equations(build(line.bind({"y": [1.0, 2.0]})))
+    >>> rows = equations.linearise(equations.groups.start(), {})
+    >>> factor = equations.factorise(equations.curvature(rows))
+    >>> factor.solve(-equations.gradient(rows).numpy()).tolist()
+    [1.0]
+    >>> equations.covariance(factor, "base").squeeze()
+    tensor(0.3333, dtype=torch.float64)
     """
 
     groups: FactorGroups

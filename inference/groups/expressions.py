@@ -59,16 +59,4 @@ def _read(read: Read, value: Tensor) -> Tensor:
     return value.reshape(-1, *value.shape[value.ndim - read.event_ndim :])[read.index]
 
 
-def pruned(lowered: Lowered) -> Lowered:
-    """The function without steps, inputs and constants that none of its outputs needs."""
-    needed, steps = set(lowered.outputs), []
-    for step in reversed(lowered.steps):
-        if step.out in needed:
-            needed.update(step.inputs)
-            steps.append(step)
-    inputs = {name: slot for name, slot in lowered.inputs.items() if slot in needed}
-    base = [value if i in needed else None for i, value in enumerate(lowered.base)]
-    return Lowered(lowered.axes, lowered.outputs, inputs, tuple(reversed(steps)), base)
-
-
-__all__ = ["Expression", "Read", "View", "pruned"]
+__all__ = ["Expression", "Read", "View"]

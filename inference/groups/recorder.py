@@ -13,7 +13,7 @@ from torch import Tensor
 from ppl.binding import Bound
 from ppl.errors import Where
 from ppl.graph import Graph, Node, Plate, Ref, Variable, refs
-from ppl.inference.groups.expressions import Expression, Read, View, pruned
+from ppl.inference.groups.expressions import Expression, Read, View
 from ppl.inference.groups.records import Slot
 from ppl.lower import Compiler, Lowered
 from ppl.lowered import Operand
@@ -106,7 +106,7 @@ class Recorder:
             made.append(Operand(padded, (ROW,), full - 1))
         lowered = compiler.finish(made)
         data = {k: v for k, v in self._arrays.items() if k in lowered.inputs}
-        return pruned(lowered.given(data))
+        return lowered.given(data).pruned()
 
     def _compiler(self) -> Compiler:
         graph, bound = self._rows_graph(), self.bound

@@ -2,10 +2,11 @@
 
 from ppl.inference.laplace.implicit import solution
 from ppl.inference.laplace.online import extend
-from ppl.inference.laplace.optimise import init, step
+from ppl.inference.laplace.optimise import step
 from ppl.inference.laplace.options import Laplace
 from ppl.inference.laplace.problem import cost, describe, prepare, supports
 from ppl.inference.laplace.results import posterior
+from ppl.inference.laplace.states import init
 
 Options = Laplace
 

@@ -123,13 +123,14 @@ def solution(
     from ppl.inference.laplace import optimise
     from ppl.inference.laplace.options import Laplace
     from ppl.inference.laplace.problem import prepare
+    from ppl.inference.laplace.states import init, moved
     from ppl.streams import Streams
 
     bound = _with_gradients(model.bind(data), data)
     problem = prepare(bound, Laplace(learn=False, **options), Settings(Streams(0, bound.device)))
-    state = optimise.init(problem)
+    state = init(problem)
     state = state._replace(params=_given(state.params, params or {}))
-    state = optimise.moved(problem, state, state.points)
+    state = moved(problem, state, state.points)
     for _ in range(problem.max_iters):
         state, info = optimise.step(problem, state, None)
         if info.done:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ppl.inference.groups.propagation import propagate
-from ppl.inference.laplace.optimise import init, moved
 from ppl.inference.laplace.problem import Problem, State
+from ppl.inference.laplace.states import init, moved
 from ppl.inference.laplace.window import closed_window, places
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ppl.backend import Info
 from ppl.errors import NumericalError
 from ppl.inference.groups.learning import learn
-from ppl.inference.groups.records import Linearised
+from ppl.inference.laplace.holding import begun, held, is_holding, is_worth, let_go, remembered
 from ppl.inference.laplace.problem import Problem, State
 from ppl.inference.laplace.proposals import (
     ENOUGH,
@@ -22,52 +22,12 @@ from ppl.inference.laplace.proposals import (
     newton,
 )
 from ppl.inference.laplace.spread import spread_of
+from ppl.inference.laplace.states import moved
 from ppl.inference.laplace.systems import make_system, undetermined
 from ppl.inference.numerics.sparse import NotPositive
 
 _TRIED_DAMPING = 1e-3  # of a second attempt, after a full first step into the wrong valley
 _SETTLED = 1e-5  # relative error of params at which learning ends
-
-
-def init(problem: Problem) -> State:
-    """The first point, and the equations there."""
-    options, like = problem.options, problem.groups.like
-    with torch.no_grad():
-        points = problem.groups.start(options.start)
-        scale = like.new_tensor(problem.graduated)
-        damping = torch.inf if options.optimiser == "dogleg" else options.damping or 0.0
-        zero = torch.zeros((), dtype=torch.long, device=like.device)
-        far = like.new_tensor(torch.inf)
-        empty = State(
-            points, dict(problem.groups.params), like, like, like, like.new_tensor(damping), scale, zero, zero, far, far, points
-        )  # fmt: skip
-        return moved(problem, empty, points)
-
-
-def moved(
-    problem: Problem, state: State, points: dict[str, Tensor], scale: Tensor | None = None
-) -> State:
-    """The state at other points."""
-    scale = state.kernel_scale if scale is None else scale
-    rows = problem.equations.linearise(
-        points, state.params, matching=problem.options.matching, kernel_scale=float(scale)
-    )
-    is_direct = problem.solver != "cg"
-    curvature = problem.equations.curvature(rows) if is_direct else problem.groups.like.new_zeros(0)
-    return state._replace(
-        points=points,
-        energy=_energy(problem, rows),
-        gradient=problem.equations.gradient(rows),
-        curvature=curvature,
-        kernel_scale=scale,
-        bad_rows=torch.full_like(state.bad_rows, sum(row.dropped for row in rows)),
-    )
-
-
-def _energy(problem: Problem, rows: list[Linearised]) -> Tensor:
-    # Summed in double precision: the decrease of a late step is a small difference of these.
-    total = torch.stack([row.energy.sum(dtype=torch.float64) for row in rows]).sum()
-    return total.to(problem.groups.like.device)
 
 
 def step(problem: Problem, state: State, batch: object) -> tuple[State, Info]:
@@ -113,6 +73,8 @@ def _restarted(problem: Problem, state: State) -> State:
 
 def _tried(problem: Problem, state: State) -> tuple[State, Info]:
     """One proposal, taken or not."""
+    if is_holding(state):
+        return _held(problem, state)
     try:
         proposal = PROPOSALS[problem.options.optimiser](problem, make_system(problem, state), state)
     except NotPositive as error:
@@ -130,15 +92,49 @@ def _tried(problem: Problem, state: State) -> tuple[State, Info]:
     rule = as_before if _always(problem) else RULES[problem.options.optimiser]
     damping = rule(state, proposal, ratio)
     is_last = taken and _has_converged(problem, state, new, proposal)
-    new = (new if taken else state)._replace(
+    new = begun(problem, state, new, proposal) if taken else state
+    new = new._replace(
         damping=damping, iteration=state.iteration + 1, length=_length(state, proposal, taken)
     )
-    if is_last and problem.learns:
-        new, is_last = _learned(problem, new)
-    info = Info(_metrics(problem, new, proposal, taken), done=is_last)
+    new, info = _ended(problem, new, proposal, taken, is_last)
     if taken and float(new.kernel_scale) > 1:
         new = moved(problem, new, new.points, _narrower(problem, new.kernel_scale))
     return new, info
+
+
+def _held(problem: Problem, state: State) -> tuple[State, Info]:
+    """One proposal with a kept factorisation."""
+    try:
+        proposal = held(problem, state)
+    except NotPositive:
+        return _tried(problem, let_go(state))
+    new = _after(problem, state, proposal)
+    taken = is_worth(state, proposal, _ratio(state, new, proposal))
+    # Such steps shrink by fits and starts: how much the last one did says nothing of the rest.
+    # Where rounding hides the decrease of the energy, steps that no longer shrink are the end as well.
+    is_short = bool(proposal.decrement <= problem.tol**2)
+    is_short = is_short or (is_noise(state, proposal) and not _shrinks(state, proposal))
+    moves, turns = remembered(state, new, proposal)
+    if taken:
+        new = new._replace(length=_length(state, proposal, taken), moves=moves, turns=turns)
+    elif moves is not state.moves and (state.length.isfinite() or not len(state.moves)):
+        # A second trial knows what the first has found.
+        new = state._replace(
+            length=torch.full_like(state.length, torch.inf), moves=moves, turns=turns
+        )
+    else:
+        new = let_go(state)
+    new = new._replace(iteration=state.iteration + 1)
+    return _ended(problem, new, proposal, taken, taken and is_short)
+
+
+def _ended(
+    problem: Problem, state: State, proposal: Proposal, taken: bool, is_last: bool
+) -> tuple[State, Info]:
+    """What a step reports; at a mode params may have to be learned first."""
+    if is_last and problem.learns:
+        state, is_last = _learned(problem, state)
+    return state, Info(_metrics(problem, state, proposal, taken), done=is_last)
 
 
 def _learned(problem: Problem, state: State) -> tuple[State, bool]:
@@ -152,8 +148,7 @@ def _learned(problem: Problem, state: State) -> tuple[State, bool]:
     last = float(state.change)
     rate = change / last if 0 < last < torch.inf else 0.99
     has_settled = change * max(rate, 0.1) <= _SETTLED * max(1 - rate, 1e-3)
-    far = torch.full_like(state.length, torch.inf)
-    state = state._replace(params=params, length=far, change=torch.full_like(far, change))
+    state = let_go(state)._replace(params=params, change=torch.full_like(state.change, change))
     return moved(problem, state, state.points), has_settled
 
 
@@ -250,6 +245,11 @@ def _is_near(problem: Problem, state: State, new: State, proposal: Proposal) -> 
     if rate < 0.99:
         return length * rate / (1 - rate) <= problem.tol
     return length <= problem.tol or (last < torch.inf and is_noise(state, proposal))
+
+
+def _shrinks(state: State, proposal: Proposal) -> bool:
+    """Whether a step is shorter than the one before it."""
+    return bool(proposal.decrement < state.length.square())
 
 
 def _length(state: State, proposal: Proposal, taken: bool) -> Tensor:

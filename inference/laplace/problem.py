@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ppl.backend import Reason, Settings
@@ -17,7 +18,7 @@ from ppl.inference.groups.equations import Equations
 from ppl.inference.groups.losses import Quadratic, Robust
 from ppl.inference.groups.records import FactorGroups
 from ppl.inference.laplace.options import Laplace
-from ppl.inference.numerics.sparse import has_cholmod
+from ppl.inference.numerics.sparse import Factor, has_cholmod
 
 _MOST_FILL = (
     150_000_000  # entries of a factor, 2.4 GB with its indices; beyond it conjugate gradients
@@ -25,6 +26,33 @@ _MOST_FILL = (
 _MOST_PAIRS = (
     3_000_000  # pairs of elements beyond which even an order of elimination takes long to find
 )
+
+
+class Kept:
+    """The last factorisation, for whoever asks for it again."""
+
+    def __init__(self) -> None:
+        self._made: tuple[Tensor, Tensor | None, Factor] | None = None
+
+    @property
+    def last(self) -> Factor | None:
+        """The last one."""
+        return self._made[2] if self._made is not None else None
+
+    def factor(
+        self, equations: Equations, curvature: Tensor, lift: Tensor | None, solver: Any
+    ) -> Factor:
+        """The factorisation of ``J'J + diag(lift)``; a curvature is known by its identity."""
+        if self._made is not None and self._made[0] is curvature and _is_same(self._made[1], lift):
+            return self._made[2]
+        self._made = None  # two factors need not fit
+        made = equations.factorise(curvature, lift, solver)
+        self._made = (curvature, lift, made)
+        return made
+
+
+def _is_same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +74,7 @@ class Problem:
     tol: float
     max_iters: int
     graduated: float = 1.0
+    kept: Kept = field(default_factory=Kept, repr=False)
 
     @property
     def learns(self) -> bool:
@@ -91,6 +120,9 @@ class State(NamedTuple):
     length: Tensor  # [], of the last full step in posterior standard deviations; infinite if there was none
     change: Tensor  # [], of the params by the last M-step, relative; infinite if there was none
     origin: dict[str, Tensor]  # the first points
+    held: Tensor  # curvature whose factorisation is used again; empty if none is, see `holding.py`
+    moves: Tensor  # [k, n], the last steps with it
+    turns: Tensor  # [k, n], changes of the gradient by them
     window: Window | None = None  # the part of the problem that is still open, see `online.py`
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ppl.inference.laplace.problem import Problem, State
 from ppl.inference.laplace.systems import System
 
-FIRST_DAMPING = 1e-6  # of Levenberg-Marquardt, once an undamped step has failed
+FIRST_DAMPING = 1e-5  # of Levenberg-Marquardt, once an undamped step has failed
 _LEAST_DAMPING = 1e-9  # below it steps are undamped again
 _MOST_DAMPING = 1e16
 _NOTHING = 1e-13  # nats
@@ -51,11 +51,15 @@ def damped(problem: Problem, system: System, state: State) -> Proposal:
     """Levenberg-Marquardt, scaled by the diagonal."""
     if not float(state.damping) > 0:
         return newton(problem, system, state)
-    diagonal = system.diagonal()
-    lift = state.damping * diagonal.clamp(min=1e-9 * float(diagonal.max()) + 1e-30)
+    lift = lift_of(system.diagonal(), state.damping)
     delta = system.solve(-state.gradient, lift)
     fall = -(state.gradient * delta).sum()
     return Proposal(delta, (fall + (lift * delta.square()).sum()) / 2, fall, False)
+
+
+def lift_of(diagonal: Tensor, damping: Tensor) -> Tensor:
+    """What a damped step adds to the diagonal ``[n]`` of ``J'J``."""
+    return damping * diagonal.clamp(min=1e-9 * float(diagonal.max()) + 1e-30)
 
 
 def dogleg(problem: Problem, system: System, state: State) -> Proposal:

@@ -13,7 +13,7 @@ from ppl.diagnostics import Diagnostics
 from ppl.inference.groups.losses import Robust
 from ppl.inference.groups.records import FactorGroups
 from ppl.inference.laplace.problem import Problem, State
-from ppl.inference.laplace.spread import Spread, spread_of
+from ppl.inference.laplace.spread import Deferred, Spread, is_positive
 from ppl.inference.laplace.systems import rows_at
 from ppl.marginals import JointGaussian, Marginal
 from ppl.posterior import Joint, Posterior
@@ -23,20 +23,21 @@ _OUTLIER = 0.1  # robust weight below which a row counts as one
 
 
 def posterior(problem: Problem, state: State) -> Posterior:
-    """Put a Gaussian at the last point; covariances are worked out when they are first asked for.
+    """Put a Gaussian at the last point; covariances and evidence are worked out when they are first asked for.
 
     Raises:
         NumericalError: an unknown is not determined.
     """
-    with torch.no_grad():
-        spread, evidence = spread_of(problem, state)
+    spread = Deferred(problem, state)
+    if not is_positive(problem, state):
+        spread.evidence()  # or an error, now rather than later
     points = state.points
     result = Posterior(
         problem.bound,
         {},
         method="laplace",
         sampler=lambda n, streams: draw(problem, state, spread, n, streams),
-        log_evidence=evidence,
+        log_evidence=spread.evidence,
         diagnostics=_diagnostics(problem, state),
         params=state.params,
         seed=problem.settings.streams.seed,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cached_property
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from ppl.inference.numerics.pcg import covariance_from_draws
 from ppl.inference.numerics.sparse import Factor, NotPositive
 from ppl.posterior import Evidence
 
+_CLEAR = 1e-11  # of the diagonal: no pivot above it vanishes by a short step
 _DRAWN = 1e-5  # relative error of a draw, which is small beside that of a thousand of them
 
 
@@ -56,6 +59,30 @@ class Factored:
         return torch.from_numpy(self.factor.draws(standard)).to(self.equations.groups.like)
 
 
+class Deferred:
+    """The Gaussian around the last point, and the evidence, worked out when they are first asked for."""
+
+    def __init__(self, problem: Problem, state: State) -> None:
+        self._problem, self._state = problem, state
+
+    @cached_property
+    def found(self) -> tuple[Spread, Evidence | None]:
+        with torch.no_grad():
+            return spread_of(self._problem, self._state)
+
+    def evidence(self) -> Evidence | None:
+        return self.found[1]
+
+    def covariance(self, name: str) -> Tensor:
+        return self.found[0].covariance(name)
+
+    def joint(self, group: Group) -> Tensor:
+        return self.found[0].joint(group)
+
+    def draws(self, noise: Callable[[int], Tensor]) -> Tensor:
+        return self.found[0].draws(noise)
+
+
 def spread_of(problem: Problem, state: State) -> tuple[Spread, Evidence | None]:
     """The Gaussian around the last point, and the evidence.
 
@@ -74,6 +101,15 @@ def spread_of(problem: Problem, state: State) -> tuple[Spread, Evidence | None]:
     if not factor.is_positive:
         raise undetermined(problem, factor.undetermined)
     return Factored(problem, factor), _evidence(problem, state, factor)
+
+
+def is_positive(problem: Problem, state: State) -> bool:
+    """Whether the system has a solution beyond doubt: that of the last step had one, which was undamped."""
+    problem = problem if state.window is None else state.window.problem
+    last = problem.kept.last
+    if last is None or not bool(state.length.isfinite()):
+        return False
+    return bool((last.pivots > _CLEAR * np.abs(last.diagonal)).all())
 
 
 def _evidence(problem: Problem, state: State, factor: Factor) -> Evidence:

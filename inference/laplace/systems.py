@@ -32,7 +32,21 @@ class System(Protocol):
 
 
 def make_system(problem: Problem, state: State) -> System:
-    """The system of a state."""
+    """The system of a state.
+
+    >>> import ppl
+    >>> from ppl.backend import Settings
+    >>> from ppl.inference.laplace import Laplace, init, prepare
+    >>> from ppl.streams import Streams
+    >>> @ppl.model
+    ... def shrunk():
+    ...     x = ppl.latent("x", ppl.Normal(0.0, 1.0))
+    ...     ppl.observe("y", ppl.Normal(x, 1.0))
+    >>> problem = prepare(shrunk.bind({"y": 3.0}), Laplace(), Settings(Streams(0)))
+    >>> state = init(problem)
+    >>> make_system(problem, state).solve(-state.gradient)
+    tensor([1.5000], dtype=torch.float64)
+    """
     if problem.solver == "cg":
         return Iterative(problem, rows_at(problem, state))
     return Direct(problem, state.curvature, is_checked=int(state.iteration) > 0)
@@ -52,13 +66,14 @@ class Direct:
     """By a factorisation."""
 
     def __init__(self, problem: Problem, curvature: Tensor, *, is_checked: bool = False) -> None:
-        self.equations, self.solver, self.curvature = problem.equations, problem.solver, curvature
+        self.problem, self.equations, self.curvature = problem, problem.equations, curvature
         self.is_checked = (
             is_checked  # known to be positive definite, which takes a while to find out
         )
 
     def factor(self, lift: Tensor | None = None) -> Factor:
-        return self.equations.factorise(self.curvature, lift, self.solver)  # type: ignore[arg-type]
+        problem = self.problem
+        return problem.kept.factor(self.equations, self.curvature, lift, problem.solver)
 
     def solve(self, right: Tensor, lift: Tensor | None = None) -> Tensor:
         factor = self.factor(lift)

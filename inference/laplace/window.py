@@ -8,24 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ppl.errors import DataError
-from ppl.inference.groups.coordinates import Coordinates
 from ppl.inference.groups.equations import Equations
-from ppl.inference.groups.linearise import linearise
 from ppl.inference.groups.records import Family, Group, Slot
 from ppl.inference.laplace.problem import Problem, State, Window, choose_solver
 from ppl.inference.laplace.spread import spread_of
-from ppl.inference.laplace.systems import undetermined
+from ppl.inference.laplace.summaries import SUMMARY, masked, same, summed_up, touches
 
-_SUMMARY, _CLOSED = "(summary of what is closed)", "(closed)"
+_CLOSED = "(closed)"
 
 
 def places(old: Sequence[int], new: Sequence[int]) -> Tensor:
@@ -43,26 +40,6 @@ def places(old: Sequence[int], new: Sequence[int]) -> Tensor:
     return grid[tuple(slice(0, n) for n in old)].reshape(-1)
 
 
-@dataclass(frozen=True, eq=False)
-class Summary:
-    """A Gaussian on some elements: ``|root (x - origin) - shift|^2 / 2``, with ``x - origin`` in the tangent space.
-
-    ``root [D, D]``; elements of one slot after the other.
-    """
-
-    families: tuple[Family, ...]
-    origins: tuple[Tensor, ...]  # [B, *event]
-    root: Tensor
-    shift: Tensor
-
-    def __call__(self, values: Any, params: Any) -> Tensor:
-        moves = [
-            f.local(o, v).reshape(len(v), -1)
-            for f, o, v in zip(self.families, self.origins, values, strict=True)
-        ]
-        return torch.cat(moves, -1) @ self.root.T - self.shift
-
-
 def closed_window(
     old_problem: Problem,
     old_state: State,
@@ -70,7 +47,19 @@ def closed_window(
     points: dict[str, Tensor],
     lag: Mapping[str, int],
 ) -> Window:
-    """Close what is older than the lag, on top of what was closed before."""
+    """Close what is older than the lag, on top of what was closed before.
+
+    >>> import ppl
+    >>> @ppl.model
+    ... def walk():
+    ...     with ppl.plate("time", ordered=True):
+    ...         first, later = ppl.Normal(0.0, 1.0), lambda x: ppl.Normal(x, 1.0)
+    ...         level = ppl.latent("level", ppl.Markov(first, later))
+    ...         ppl.observe("y", ppl.Normal(level, 1.0))
+    >>> posterior = ppl.infer(walk, {"y": [1.0, 2.0]}, method="laplace")
+    >>> posterior.extend({"y": [3.0]}, lag={"time": 1}).mean("level")[-1]  # as of a Kalman filter
+    tensor(2.3846, dtype=torch.float64)
+    """
     families = new_problem.groups.families
     before = old_state.window
     shut = {n: torch.zeros(f.count, dtype=torch.bool) for n, f in families.items()}
@@ -82,15 +71,15 @@ def closed_window(
         extra = [
             _regrown(g, families, old_problem)
             for g in before.problem.groups.groups
-            if g.name == _SUMMARY
+            if g.name == SUMMARY
         ]
     closing = {n: old & ~shut[n] for n, old in _older(families, lag).items()}
     covariances = _covariances(old_problem, old_state, families, closing)
-    groups = [_without(g, _touches(g, shut)) for g in new_problem.groups.groups]
+    groups = [_without(g, touches(g, shut)) for g in new_problem.groups.groups]
     groups += extra
     if any(bool(c.any()) for c in closing.values()):
-        left = _summed_up(new_problem, groups, points, old_state.params, closing)
-        groups = [_without(g, _touches(g, closing)) for g in groups if g.name != _SUMMARY] + left
+        left = summed_up(new_problem, groups, points, old_state.params, closing)
+        groups = [_without(g, touches(g, closing)) for g in groups if g.name != SUMMARY] + left
     closed = {n: shut[n] | closing[n] for n in families}
     groups += _pins(new_problem, points, closed)
     lost = _lost(old_problem, new_problem, shut)
@@ -105,7 +94,7 @@ def _lost(old: Problem, new: Problem, shut: Mapping[str, Tensor]) -> int:
         fresh = torch.ones(group.rows, dtype=torch.bool)
         if group.name in before:
             fresh[places(before[group.name].sizes, group.sizes)] = False
-        count += int((_touches(group, shut) & fresh).sum())
+        count += int((touches(group, shut) & fresh).sum())
     return count
 
 
@@ -139,145 +128,11 @@ def _older(families: Mapping[str, Family], lag: Mapping[str, int]) -> dict[str, 
     return found
 
 
-def _touches(group: Group, elements: Mapping[str, Tensor]) -> Tensor:
-    """Rows that touch one of the elements ``[F]``; an earlier summary always goes into the next one."""
-    if group.name == _SUMMARY:
-        return torch.ones(1, dtype=torch.bool)
-    hit = torch.zeros(group.rows, dtype=torch.bool)
-    for slot in group.slots:
-        hit |= elements[slot.family][slot.index.to("cpu")].any(-1)
-    return hit
-
-
 def _without(group: Group, rows: Tensor) -> Group:
     """The group with some rows absent; their constants still count, once."""
     if not bool(rows.any()):
         return group
-    return _masked(group, ~rows)
-
-
-def _masked(group: Group, rows: Tensor) -> Group:
-    here = group.slots[0].index.device
-    kept = rows.to(here, torch.float64 if group.keep is None else group.keep.dtype)
-    if group.keep is not None:
-        kept = group.keep * kept.reshape(-1, *(1,) * (group.keep.ndim - 1))
-    return replace(group, keep=kept)
-
-
-def _summed_up(
-    problem: Problem,
-    groups: list[Group],
-    points: dict[str, Tensor],
-    params: Mapping[str, Tensor],
-    closing: Mapping[str, Tensor],
-) -> list[Group]:
-    """The Gaussian that rows leave on the open elements when the closing ones are integrated out."""
-    touched = [_masked(g, _touches(g, closing)) for g in groups]
-    equations = Equations(replace(problem.groups, groups=tuple(touched)))
-    at = equations.at
-    rows = [
-        linearise(g, g.gather(points), params, matching=problem.options.matching) for g in touched
-    ]
-    scalars, gone = _involved(equations, touched, closing)
-    lam = equations.matrix(equations.curvature(rows)).tocsr()
-    place = equations.ordering.positions[scalars]
-    dense = torch.from_numpy(lam[place][:, place].toarray())
-    eta = -equations.gradient(rows).to("cpu", torch.float64)[torch.from_numpy(scalars)]
-    inside = torch.from_numpy(gone)
-    energy = sum(float(r.energy.sum(dtype=torch.float64)) for r in rows)
-    try:
-        root = torch.linalg.cholesky(dense[inside][:, inside])
-    except torch.linalg.LinAlgError:
-        raise undetermined(problem, scalars[gone]) from None
-    half = torch.linalg.solve_triangular(root, dense[inside][:, ~inside], upper=False)
-    known = torch.linalg.solve_triangular(root, eta[inside].unsqueeze(-1), upper=False).squeeze(-1)
-    # Integrated out: what is left of the energy at the origin, and half a log determinant.
-    constant = 0.5 * float(known @ known) - energy - float(root.diagonal().log().sum())
-    constant += 0.5 * int(inside.sum()) * math.log(2 * math.pi)
-    constant += sum(float(g.log_norm(params).sum()) for g in touched if g.name == _SUMMARY)
-    rest = dense[~inside][:, ~inside] - half.T @ half
-    shift = eta[~inside] - half.T @ known
-    return _summary(problem, at, points, scalars[~gone], rest, shift, constant)
-
-
-def _involved(
-    equations: Equations, touched: list[Group], closing: Mapping[str, Tensor]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Scalars of all elements that rows touch, in order, and which of them close."""
-    families = equations.groups.families
-    seen = {n: torch.zeros(f.count, dtype=torch.bool) for n, f in families.items()}
-    for group in touched:
-        rows = torch.nonzero(_touches(group, closing)).flatten()
-        for slot in group.slots:
-            seen[slot.family][slot.index.to("cpu")[rows].reshape(-1)] = True
-    wide = {n: x.repeat_interleave(families[n].dims) for n, x in seen.items()}
-    shut = {n: x.repeat_interleave(families[n].dims) for n, x in closing.items()}
-    flat = torch.cat([wide[n] for n in families]).numpy()
-    scalars = np.flatnonzero(flat)
-    return scalars, torch.cat([shut[n] for n in families]).numpy()[scalars]
-
-
-def _summary(
-    problem: Problem,
-    at: Coordinates,
-    points: dict[str, Tensor],
-    scalars: np.ndarray,
-    lam: Tensor,
-    eta: Tensor,
-    constant: float,
-) -> list[Group]:
-    """A group of one row for the Gaussian ``(eta, lam)`` around the points of some scalars."""
-    if not len(scalars):
-        return [_constant(problem, constant)] if problem.groups.families else []
-    like = problem.groups.like
-    # A root by eigenvectors: the Gaussian may be improper, where nothing is known of a direction.
-    values, vectors = torch.linalg.eigh(lam)
-    top = values.clamp(min=1e-14 * float(values[-1]) + 1e-300).sqrt()
-    root, shift = top.unsqueeze(-1) * vectors.T, (vectors.T @ eta) / top
-    slots, families, origins = [], [], []
-    for name, family in at.families.items():
-        begin = at.offsets[name]
-        own = scalars[(scalars >= begin) & (scalars < begin + family.count * family.dims)]
-        if len(own):
-            index = torch.from_numpy((own[:: family.dims] - begin) // family.dims).to(like.device)
-            slots.append(Slot(name, index.unsqueeze(0)))
-            families.append(family)
-            origins.append(points[name][index])
-    law = Summary(tuple(families), tuple(origins), root.to(like), shift.to(like))
-    # |root d - shift|^2 / 2 has the constant |shift|^2 / 2 that the energy at the origin does not have.
-    total = like.new_tensor([constant + 0.5 * float(shift @ shift)])
-    return [_one_row(tuple(slots), tuple(families), law, total)]
-
-
-def _one_row(slots: Any, families: Any, law: Any, constant: Tensor) -> Group:
-    affine = all(f.manifold is None for f in families)
-    return Group(
-        _SUMMARY,
-        slots,
-        families,
-        law,
-        site=_SUMMARY,
-        is_affine=affine,
-        is_fixed=affine,
-        norm=partial(_same, constant),
-    )
-
-
-def _constant(problem: Problem, constant: float) -> Group:
-    """Nothing is left open: only the evidence of what was closed stays."""
-    name, family = next(iter(problem.groups.families.items()))
-    like = problem.groups.like
-    slot = Slot(name, torch.zeros(1, 1, dtype=torch.long, device=like.device))
-    width = family.dims
-    law = Summary(
-        (family,), (family.neutral(like).unsqueeze(0),), like.new_zeros(1, width), like.new_zeros(1)
-    )
-    return _one_row((slot,), (family,), law, like.new_tensor([constant]))
-
-
-def _same(value: Tensor, params: Any) -> Tensor:
-    """A constant that reads no params."""
-    return value
+    return masked(group, ~rows)
 
 
 def _pins(
@@ -306,7 +161,7 @@ def _pins(
                 site=f"{name} {_CLOSED}",
                 is_affine=family.manifold is None,
                 is_fixed=family.manifold is None,
-                norm=partial(_same, norm),
+                norm=partial(same, norm),
             )
         )
     return pins

@@ -108,6 +108,10 @@ def natural_order(first: np.ndarray, second: np.ndarray, dims: np.ndarray) -> Or
     """Eliminate the blocks in the order in which they come, apart from harmless exchanges.
 
     Needed where some blocks must be last, as in marginalising the others.
+
+    >>> star = natural_order(np.zeros(3, dtype=int), np.arange(1, 4), np.ones(4, dtype=int))
+    >>> star.order.tolist(), star.fill  # the centre first: all others are coupled
+    ([0, 1, 2, 3], 10)
     """
     graph = _laplacian(first, second, len(dims))
     order, lower = _filled(_splu(graph, "NATURAL"), np.arange(len(dims)))

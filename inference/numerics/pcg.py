@@ -79,6 +79,11 @@ def covariance_from_draws(draws: Tensor, pulled: Tensor, own: Tensor) -> Tensor:
 
     Returns:
         ``[N, d, d]``.
+
+    >>> draws = torch.randn(3, 1, 50)
+    >>> alone = torch.full((3, 1, 1), 4.0)  # blocks that are coupled with nothing: no draw is needed
+    >>> covariance_from_draws(draws, alone @ draws, alone).flatten()
+    tensor([0.2500, 0.2500, 0.2500])
     """
     root = torch.linalg.cholesky(own)
     given = torch.cholesky_inverse(root)
@@ -87,7 +92,11 @@ def covariance_from_draws(draws: Tensor, pulled: Tensor, own: Tensor) -> Tensor:
 
 
 def block_jacobi(blocks: Tensor) -> Product:
-    """The inverse of a block diagonal matrix ``[N, d, d]``, applied to ``[N * d, k]``."""
+    """The inverse of a block diagonal matrix ``[N, d, d]``, applied to ``[N * d, k]``.
+
+    >>> block_jacobi(torch.tensor([[[2.0]], [[4.0]]]))(torch.ones(2, 1)).flatten()
+    tensor([0.5000, 0.2500])
+    """
     count, d = blocks.shape[:2]
     root = torch.linalg.cholesky(blocks)
     return lambda x: torch.cholesky_solve(x.reshape(count, d, -1), root).reshape(x.shape)

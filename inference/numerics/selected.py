@@ -105,6 +105,13 @@ def selected_inverse(lower: sp.csc_matrix, pivots: np.ndarray, ordering: Orderin
         ordering: the order, with the pattern of the factor by blocks.
 
     Source: [Takahashi1973]; by supernodes, [Lin2011] section 3.
+
+    >>> from ppl.inference.numerics.ordering import natural_order
+    >>> lower = sp.csc_matrix(np.array([[1.0, 0.0], [0.5, 1.0]]))  # of [[2, 1], [1, 3]]
+    >>> one = np.ones(2, dtype=int)
+    >>> ordering = natural_order(np.array([0]), np.array([1]), one)
+    >>> selected_inverse(lower, np.array([2.0, 2.5]), ordering).diagonal()
+    tensor([0.6000, 0.4000], dtype=torch.float64)
     """
     fronts = make_fronts(ordering)
     groups = _by_shape(fronts)

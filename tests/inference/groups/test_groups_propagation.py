@@ -40,12 +40,49 @@ def test_noise_free_poses_are_placed_where_they_are():
     assert SE2.local(truth, found).abs().max() < 1e-6
 
 
-def test_few_rows_of_a_large_group_give_the_same_start(monkeypatch):
+def test_few_rows_of_a_large_group_place_the_same(monkeypatch):
     truth, data = ring()
     groups = build(relative.bind(data, sizes={"pose": len(truth)}))
-    whole = groups.start()["x"]
-    monkeypatch.setattr(propagation, "_MANY", 0)
-    assert torch.allclose(groups.start()["x"], whole, atol=1e-10)
+    placed = {"x": torch.arange(len(truth)) != 5}
+    start = {"x": truth.index_fill(0, torch.tensor([5]), 0.0)}
+    monkeypatch.setattr(propagation, "_MANY", 0)  # a group of one row is made
+    found = propagation.propagate(groups, start, placed)["x"]
+    assert SE2.local(truth, found).abs().max() < 1e-6
+
+
+def test_a_long_chain_that_turns_many_times_is_followed_to_its_end():
+    n = 3000
+    i = torch.arange(n - 1)
+    step = torch.tensor([1.0, 0.1, 0.3], dtype=torch.float64).expand(n - 1, 3)
+    data = {"i": i, "j": i + 1, "measured": step, "home": torch.zeros(3)}
+    groups = build(relative.bind(data, sizes={"pose": n}))
+    assert float(groups.energy(groups.start())) < 1e-12
+
+
+def test_an_element_that_its_row_does_not_determine_stays_and_another_row_places_it():
+    @model
+    def half():
+        pose, edge = plate("pose"), plate("edge")
+        with pose:
+            x = latent("x", Flat(2))
+        with edge:
+            off = x[given("j", index=pose)] - x[given("i", index=pose)]
+            factor("edge", Normal(off * given("seen"), 1.0), at=given("z"))
+        factor("anchor", Normal(pick(x, pose=0), 1.0), at=torch.tensor([1.0, 2.0]))
+
+    # The first edge to element 1 says nothing of its second coordinate; element 3 hangs on nothing else.
+    data = {
+        "i": [0, 0, 1, 2],
+        "j": [1, 1, 2, 3],
+        "seen": [[1.0, 0.0], [1.0, 1.0], [1.0, 1.0], [0.0, 1.0]],
+        "z": [[1.0, 0.0], [1.0, 1.0], [1.0, 1.0], [0.0, 1.0]],
+    }
+    groups = build(half.bind(data, sizes={"pose": 4}))
+    points = {"x": torch.zeros(4, 2).double()}
+    placed = {"x": torch.zeros(4, dtype=torch.bool)}
+    found = propagation.propagate(groups, points, placed)["x"]
+    assert torch.allclose(found[:3], torch.tensor([[1.0, 2], [2, 3], [3, 4]]).double(), atol=1e-6)
+    assert bool(found[3].isfinite().all())
 
 
 def test_a_graph_in_two_parts_without_an_anchor_has_one_origin_each():

@@ -78,7 +78,7 @@ def test_pose_graphs(name):
     o = arrays(name)
     graph = datasets.pose_graph(name)
     found = infer(
-        slam.pose_graph_2d, graph.data, method="laplace", start={"x": graph.start}, max_iters=8
+        slam.pose_graph_2d, graph.data, method="laplace", start={"x": graph.start}, max_iters=10
     )
     assert found.diagnostics.converged
     assert found.diagnostics.notes["energy"] == pytest.approx(float(o["opt_energy"]), rel=1e-9)
