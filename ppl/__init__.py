@@ -32,6 +32,7 @@ _ON_USE = {
     "GBP": "ppl.inference.gbp",
     "QEM": "ppl.inference.qem",
     "Exact": "ppl.inference.exact",
+    "LaplaceApproximation": "ppl.inference.laplace",
     "load": "ppl.save",
     "state_evolution": "ppl.inference.amp",
 }

@@ -3,15 +3,15 @@
 from ppl.inference.laplace.implicit import solution
 from ppl.inference.laplace.online import extend
 from ppl.inference.laplace.optimise import step
-from ppl.inference.laplace.options import Laplace
+from ppl.inference.laplace.options import LaplaceApproximation
 from ppl.inference.laplace.problem import cost, describe, prepare, supports
 from ppl.inference.laplace.results import posterior
 from ppl.inference.laplace.states import init
 
-Options = Laplace
+Options = LaplaceApproximation
 
 __all__ = [
-    "Laplace",
+    "LaplaceApproximation",
     "Options",
     "cost",
     "describe",

@@ -104,7 +104,7 @@ def solution(
         model: what ``@model`` made.
         data: as for ``infer``; tensors that require gradients are differentiated by.
         params: values of params, by name, which are then not learned.
-        **options: of :class:`~ppl.inference.laplace.options.Laplace`.
+        **options: of :class:`~ppl.inference.laplace.options.LaplaceApproximation`.
 
     Returns:
         ``[*plates, *event]`` by latent.
@@ -121,13 +121,15 @@ def solution(
     """
     from ppl.backend import Settings
     from ppl.inference.laplace import optimise
-    from ppl.inference.laplace.options import Laplace
+    from ppl.inference.laplace.options import LaplaceApproximation
     from ppl.inference.laplace.problem import prepare
     from ppl.inference.laplace.states import init, moved
     from ppl.streams import Streams
 
     bound = _with_gradients(model.bind(data), data)
-    problem = prepare(bound, Laplace(learn=False, **options), Settings(Streams(0, bound.device)))
+    problem = prepare(
+        bound, LaplaceApproximation(learn=False, **options), Settings(Streams(0, bound.device))
+    )
     state = init(problem)
     state = state._replace(params=_given(state.params, params or {}))
     state = moved(problem, state, state.points)

@@ -16,7 +16,7 @@ _CHOICES = {
 
 
 @dataclass(frozen=True)
-class Laplace:
+class LaplaceApproximation:
     """Find the mode by nonlinear least squares, and put a Gaussian there.
 
     Args:
@@ -36,7 +36,7 @@ class Laplace:
         draws: of the posterior, from which covariances are estimated where no factor is at hand (``solver="cg"``).
         learn: whether params are learned (by expectation maximisation) or stay at their first values.
 
-    >>> Laplace(optimiser="dogleg").solver
+    >>> LaplaceApproximation(optimiser="dogleg").solver
     'auto'
     """
 
@@ -56,19 +56,19 @@ class Laplace:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ModelError(
-                    f"Laplace({name}=...): expected one of {', '.join(choices)}, got {getattr(self, name)!r}."
+                    f"LaplaceApproximation({name}=...): expected one of {', '.join(choices)}, got {getattr(self, name)!r}."
                 )
         if self.graduated is not None and not self.graduated >= 1:
             raise ModelError(
-                f"Laplace(graduated=...): expected a factor of at least 1, got {self.graduated!r}."
+                f"LaplaceApproximation(graduated=...): expected a factor of at least 1, got {self.graduated!r}."
             )
         for name in ("damping", "tol"):
             if getattr(self, name) is not None and not getattr(self, name) >= 0:
                 raise ModelError(
-                    f"Laplace({name}=...): expected a number of at least 0, got {getattr(self, name)!r}."
+                    f"LaplaceApproximation({name}=...): expected a number of at least 0, got {getattr(self, name)!r}."
                 )
         for name in ("max_steps", "draws", "graduated_steps"):
             if not getattr(self, name) >= 1:
                 raise ModelError(
-                    f"Laplace({name}=...): expected at least 1, got {getattr(self, name)!r}."
+                    f"LaplaceApproximation({name}=...): expected at least 1, got {getattr(self, name)!r}."
                 )

@@ -17,7 +17,7 @@ from ppl.inference.groups.build import build, unsupported
 from ppl.inference.groups.equations import Equations
 from ppl.inference.groups.losses import Quadratic, Robust
 from ppl.inference.groups.records import FactorGroups
-from ppl.inference.laplace.options import Laplace
+from ppl.inference.laplace.options import LaplaceApproximation
 from ppl.inference.numerics.sparse import Factor, has_cholmod
 
 _MOST_FILL = (
@@ -67,7 +67,7 @@ class Problem:
 
     groups: FactorGroups
     equations: Equations
-    options: Laplace
+    options: LaplaceApproximation
     settings: Settings
     solver: str
     is_linear: bool
@@ -131,7 +131,7 @@ def supports(graph: Graph) -> list[Reason]:
     return list(unsupported(graph))
 
 
-def prepare(bound: Bound, options: Laplace, settings: Settings) -> Problem:
+def prepare(bound: Bound, options: LaplaceApproximation, settings: Settings) -> Problem:
     """Group the factors and choose a solver.
 
     Raises:
@@ -148,7 +148,9 @@ def prepare(bound: Bound, options: Laplace, settings: Settings) -> Problem:
     return make_problem(build(bound), options, settings)
 
 
-def make_problem(groups: FactorGroups, options: Laplace, settings: Settings) -> Problem:
+def make_problem(
+    groups: FactorGroups, options: LaplaceApproximation, settings: Settings
+) -> Problem:
     """The problem of groups that are at hand already."""
     equations = Equations(groups)
     is_linear = all(g.is_affine and isinstance(g.loss, Quadratic) for g in groups.groups)
@@ -174,7 +176,7 @@ def _graduation(groups: FactorGroups) -> float:
     return 10.0 if kernels - {"huber"} else 1.0
 
 
-def choose_solver(equations: Equations, options: Laplace) -> str:
+def choose_solver(equations: Equations, options: LaplaceApproximation) -> str:
     """Direct as long as the factor fits."""
     if options.solver == "cholmod" and not has_cholmod():
         raise UnsupportedError(
@@ -197,7 +199,7 @@ def cost(bound: Bound) -> float:
     return 10.0 * float(heights @ heights)
 
 
-def describe(bound: Bound, options: Laplace, settings: Settings) -> str:
+def describe(bound: Bound, options: LaplaceApproximation, settings: Settings) -> str:
     """One line for ``explain``: unknowns, rows, entries, bytes."""
     problem = prepare(bound, options, settings)
     groups, equations = problem.groups, problem.equations

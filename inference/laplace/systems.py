@@ -36,13 +36,13 @@ def make_system(problem: Problem, state: State) -> System:
 
     >>> import ppl
     >>> from ppl.backend import Settings
-    >>> from ppl.inference.laplace import Laplace, init, prepare
+    >>> from ppl.inference.laplace import LaplaceApproximation, init, prepare
     >>> from ppl.streams import Streams
     >>> @ppl.model
     ... def shrunk():
     ...     x = ppl.latent("x", ppl.Normal(0.0, 1.0))
     ...     ppl.observe("y", ppl.Normal(x, 1.0))
-    >>> problem = prepare(shrunk.bind({"y": 3.0}), Laplace(), Settings(Streams(0)))
+    >>> problem = prepare(shrunk.bind({"y": 3.0}), LaplaceApproximation(), Settings(Streams(0)))
     >>> state = init(problem)
     >>> make_system(problem, state).solve(-state.gradient)
     tensor([1.5000], dtype=torch.float64)

@@ -10,7 +10,7 @@ from scipy.optimize import minimize
 from ppl import Normal, given, infer, latent, model, observe, plate
 from ppl.backend import Settings
 from ppl.inference.groups.equations import Equations
-from ppl.inference.laplace import Laplace, init, prepare, step
+from ppl.inference.laplace import LaplaceApproximation, init, prepare, step
 from ppl.streams import Streams
 
 
@@ -31,7 +31,7 @@ def robust_mean():
 
 def run(program, data, **options):
     """All states of a run."""
-    problem = prepare(program.bind(data), Laplace(**options), Settings(Streams(0)))
+    problem = prepare(program.bind(data), LaplaceApproximation(**options), Settings(Streams(0)))
     states, done = [init(problem)], False
     while not done and len(states) < 200:
         state, info = step(problem, states[-1], None)

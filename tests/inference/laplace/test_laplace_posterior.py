@@ -22,7 +22,7 @@ from ppl import (
     plate,
 )
 from ppl.errors import ModelError, NumericalError, UnsupportedError
-from ppl.inference.laplace import Laplace
+from ppl.inference.laplace import LaplaceApproximation
 from ppl.models import slam
 
 positive = torch.distributions.constraints.positive
@@ -300,7 +300,7 @@ def test_gauss_newton_that_diverges_says_so():
 )
 def test_bad_options_are_refused(options):
     with pytest.raises(ModelError, match=next(iter(options))):
-        Laplace(**options)
+        LaplaceApproximation(**options)
 
 
 def test_unsupported_arguments_of_infer_are_refused():
