@@ -5,7 +5,8 @@
 A tenth of 1000 coefficients matters; 3000 rows. Neither the share of non-zeros nor their scale is known to
 AMP. Beside it scikit-learn: logistic regression with an L1 penalty of ten strengths, five folds (it stands for
 probit and for signs too: only the direction is judged), and for counts Poisson regression with the ridge
-penalty of ten, chosen by five folds. Errors in dB, of the direction except for counts, beside what state evolution
+penalty of ten, chosen by five folds; and, where ``$PPL_PEERS`` names an interpreter that has it, skglm with an
+L1 penalty for them. Errors in dB, of the direction except for counts, beside what state evolution
 predicts for a large random matrix and known constants; CPU seconds of whole calls on one thread; medians and
 ranges over seeds.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +28,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.driving import show, write_table  # noqa: E402
+from benchmarks.driving import ask_peer, peers, show, write_table  # noqa: E402
 from benchmarks.sensing import (  # noqa: E402
     cpu,
     direction_db,
@@ -71,6 +73,7 @@ def _poisson(z: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 L1, RIDGE = "L1 logistic, cross-validated", "ridge Poisson, cross-validated"
+SKGLM = "L1 Poisson by skglm, cross-validated"
 SETTINGS = {
     "probit": Setting(sparse_binary(link="probit"), POWER, _probit, direction_db, L1),
     "logit": Setting(sparse_binary(link="logit"), POWER, _logit, direction_db, L1),
@@ -138,14 +141,30 @@ def measure(name: str, size: int, seeds: int, with_rivals: bool) -> list[dict[st
     rows, limit = [], predicted(name, size)
     for seed in range(seeds):
         data, x = case_of(name, size, seed)
+        found = {}
         for method, work in methods.items():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of scikit-learn's stopping at weak penalties
-                seconds, found = cpu(lambda work=work, data=data: work(data))  # type: ignore[misc]
-            score = SETTINGS[name].score(found, x)
+                found[method] = cpu(lambda work=work, data=data: work(data))  # type: ignore[misc]
+        if name == "poisson" and with_rivals and peers():
+            found |= ask(data)
+        for method, (seconds, coefs) in found.items():
             what = {"setting": name, "method": method, "seed": seed, "predicted_db": limit}
+            score = SETTINGS[name].score(coefs, x)
             rows.append(show("sparse generalised linear models", **what, db=score, cpu_s=seconds))
     return rows
+
+
+def ask(data: dict[str, np.ndarray]) -> dict[str, tuple[float, np.ndarray]]:
+    """Seconds and coefficients of skglm on the same arrays, if it is there."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "case.npz")
+        np.savez(path, **data)
+        (answer,) = ask_peer("amp_glm_peer.py", path)
+    if "skipped" in answer:
+        print(f"skipped: {answer['skipped']}")
+        return {}
+    return {SKGLM: (answer["cpu_s"], np.array(answer["coefs"]))}
 
 
 def table(rows: list[dict[str, Any]], size: int) -> str:
@@ -153,7 +172,9 @@ def table(rows: list[dict[str, Any]], size: int) -> str:
     lines = []
     for name in dict.fromkeys(r["setting"] for r in rows):
         own = [r for r in rows if r["setting"] == name]
-        rival = [r["cpu_s"] for r in own if r["method"] == SETTINGS[name].rival]
+        # An L1 penalty where there is one: a ridge does not look for few coefficients.
+        rivals = [m for m in (SKGLM, SETTINGS[name].rival) if any(r["method"] == m for r in own)]
+        rival = [r["cpu_s"] for r in own if r["method"] in rivals[:1]]
         for method in dict.fromkeys(r["method"] for r in own):
             found = [r for r in own if r["method"] == method]
             seconds = [r["cpu_s"] for r in found]
@@ -161,7 +182,14 @@ def table(rows: list[dict[str, Any]], size: int) -> str:
             score, limit = spread([r["db"] for r in found]), found[0]["predicted_db"]
             shown = "" if limit is None else f"{limit:.1f}"
             lines.append([name, method, score, shown, spread(seconds, 2), ratio])
-    head = ["channel", "method", "error, dB", "predicted for AMP", "CPU s", "of the penalised fit"]
+    head = [
+        "channel",
+        "method",
+        "error, dB",
+        "predicted for AMP",
+        "CPU s",
+        "of the L1 or ridge fit",
+    ]
     note = (
         f"{size} coefficients, a tenth of them not zero, {3 * size} rows; scores of mean square "
         f"{POWER:g} (probit, logit) or 1. Error of the direction; of the coefficients for counts."
@@ -180,6 +208,8 @@ def main() -> None:
     parser.add_argument("--quiet", action="store_true", help="leave the stored table as it is")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if not peers():
+        print("skipped: skglm, because $PPL_PEERS names no interpreter that has it")
     for name in arguments.only:  # what is imported and compiled on first use
         data, _ = case_of(name, 30, 0)
         amp(name, data, max_iters=3)

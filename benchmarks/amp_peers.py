@@ -3,18 +3,26 @@
     python amp_peers.py CASE.npz
 
 The archive has A, x, y, noise (standard deviation) and share (of non-zeros); slabs are standard normal.
-Both packages are told these constants. Prints a JSON line a way of fitting, and one that says what was
-skipped and why. Run by an interpreter that has the packages, from checkouts on its path, and nothing of ours:
-
-    python3.11 -m venv peers && peers/bin/pip install "numpy<2" "scipy<1.12" pandas networkx daft
-    GAMPTeam/vampyre and sphinxteam/tramp of GitHub on peers' PYTHONPATH or in its site-packages
+Both packages are told these constants. The singular value decomposition of A is inside their times; imports and
+first calls, on a small corner of the problem, are not. Prints a JSON line a way of fitting, or one that says what
+was skipped and why. Run by an interpreter that has the packages (README.md here) and nothing of ours.
 """
 
 import argparse
+import fractions
 import json
+import math
 import time
 
 import numpy as np
+
+
+def revive_names():
+    """Give back what vampyre, and the networkx 1.11 that tramp needs, expect of older versions."""
+    fractions.gcd = math.gcd
+    for name, kind in {"complex": complex, "float": float, "product": np.prod}.items():
+        if name not in vars(np):
+            setattr(np, name, kind)
 
 
 def vampyre(case, iterations):
@@ -34,28 +42,34 @@ def vampyre(case, iterations):
 
 
 def tramp(case, damping):
-    """Expectation propagation on the chain prior - linear - Gaussian."""
-    from tramp.algos import EarlyStopping, ExpectationPropagation
+    """Expectation propagation on the chain prior - linear - Gaussian, to the package's own tolerance."""
+    from tramp.algos import ExpectationPropagation
     from tramp.channels import LinearChannel
     from tramp.likelihoods import GaussianLikelihood
-    from tramp.priors import GaussBernouilliPrior
+    from tramp.priors import GaussBernoulliPrior
     from tramp.variables import SISOVariable
 
-    prior = GaussBernouilliPrior(size=(case["A"].shape[1],), rho=case["share"])
+    prior = GaussBernoulliPrior(size=(case["A"].shape[1],), rho=case["share"])
     likelihood = GaussianLikelihood(y=case["y"], var=case["noise"] ** 2)
     x, z = SISOVariable(id="x"), SISOVariable(id="z")
-    student = (prior @ x @ LinearChannel(W=case["A"]) @ z @ likelihood).to_model()
-    run = ExpectationPropagation(student)
-    run.iterate(max_iter=250, damping=damping, callback=EarlyStopping(tol=1e-8))
-    return run.get_variables_data(["x"])["x"]["r"]
+    chain = prior @ x @ LinearChannel(W=case["A"]) @ z @ likelihood
+    run = ExpectationPropagation(chain.to_model())
+    run.iterate(max_iter=200, damping=damping)
+    return run.get_variable_data("x")["r"]
 
 
 WAYS = {
     "vampyre, VAMP, 10 iterations": lambda case: vampyre(case, 10),
     "vampyre, VAMP, 40 iterations": lambda case: vampyre(case, 40),
-    "tramp, EP": lambda case: tramp(case, 0.0),
+    "tramp, EP": lambda case: tramp(case, None),
     "tramp, EP damped by 0.3": lambda case: tramp(case, 0.3),
 }
+
+
+def small(case):
+    """A corner of a problem: what is imported on first use is not in the times."""
+    part = {**case, "A": case["A"][:50, :100].copy(), "x": case["x"][:100]}
+    return {**part, "y": part["A"] @ part["x"]}
 
 
 def main():
@@ -64,19 +78,19 @@ def main():
     with np.load(parser.parse_args().case) as archive:
         case = {name: archive[name] for name in archive.files}
     case["noise"], case["share"] = float(case["noise"]), float(case["share"])
+    revive_names()
     for name, way in WAYS.items():
-        begun = time.process_time()
         try:
+            way(small(case))
+            begun = time.process_time()
             found = way(case)
-        except (ImportError, AttributeError, FloatingPointError, ValueError) as error:
+            seconds = time.process_time() - begun
+        except (ImportError, AttributeError, ArithmeticError, ValueError) as error:
             print(json.dumps({"skipped": f"{name}: {type(error).__name__}: {error}"}), flush=True)
             continue
-        seconds = time.process_time() - begun
         error = np.square(found - case["x"]).sum() / np.square(case["x"]).sum()
-        print(
-            json.dumps({"method": name, "nmse_db": 10 * np.log10(error), "cpu_s": seconds}),
-            flush=True,
-        )
+        score = 10 * np.log10(error)
+        print(json.dumps({"method": name, "nmse_db": score, "cpu_s": seconds}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Sparse linear regression: how near to the best possible error is AMP, and how fast beside the Lasso?
 
-    python benchmarks/amp_sparse.py [--seeds 5] [--size 2000] [--only iid1000 group300]
+    python benchmarks/amp_sparse.py [--seeds 3] [--size 2000] [--only iid1000 group300]
 
 A tenth of 2000 coefficients matters, noise is 30 dB below the signal, and neither the share, nor the
 slab, nor the noise is known to AMP. Beside it: the posterior mean of one who knows the support; the
@@ -196,7 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--size", type=int, default=2000)
     parser.add_argument("--only", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--quiet", action="store_true", help="leave the stored table as it is")

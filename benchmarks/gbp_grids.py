@@ -34,7 +34,7 @@ from ppl.models import datasets, denoise, denoise_pairs  # noqa: E402
 from ppl.models.grids import grid_pairs, peak_signal_to_noise  # noqa: E402
 from ppl.streams import Streams  # noqa: E402
 
-# gbp.md 21, column "pairwise".
+# The pairwise model with which the public code of [Ortiz2021] denoises this image; scales in units of the pixels.
 PAIRWISE: dict[str, Any] = {
     "noise": 0.2,
     "noise_kernel": ("truncated", 0.14),

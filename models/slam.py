@@ -25,6 +25,7 @@ from ppl import (
 )
 from ppl.distributions import Distribution
 from ppl.manifolds import SE3, SO3
+from ppl.models.choices import check_choice
 from ppl.plates import PlateHandle
 from ppl.value import Value
 
@@ -73,6 +74,7 @@ def pose_graph_2d(
     >>> pose_graph_2d(noise="sd").graph(data).plates["pose"].size
     3
     """
+    check_choice("pose_graph_2d: noise", noise, ("info", "sd"))
     pose = plate("pose")
     with pose:
         x = latent("x", Flat(3))

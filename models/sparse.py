@@ -7,8 +7,7 @@ fit together with the truth, :func:`sensing_matrix` the usual matrices.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -19,7 +18,6 @@ from ppl import (
     Bernoulli,
     Exponential,
     Markov,
-    Model,
     Normal,
     Poisson,
     SpikeSlab,
@@ -31,6 +29,8 @@ from ppl import (
     param,
     plate,
 )
+from ppl.models.choices import check_choice
+from ppl.models.simulation import simulated as simulated
 from ppl.models.transforms import dct, image_of_wavelets
 from ppl.plates import PlateHandle
 from ppl.value import Value
@@ -147,6 +147,7 @@ def sparse_binary(
     >>> sorted(set(data["y"].tolist()))
     [0.0, 1.0]
     """
+    check_choice("sparse_binary: link", link, ("probit", "logit"))
     score, row = _sparse_score(rate, _scale("slab", slab))
     with row:
         law = Bernoulli(logits=score) if link == "logit" else Bernoulli(torch.special.ndtr(score))
@@ -259,12 +260,16 @@ def sensing_matrix(
         kind: "independent" Gaussian entries; "conditioned": singular values in a geometric series from
             ``strength`` (100) to 1 between random bases; "correlated": neighbouring columns correlate by
             ``strength`` (0.9); "offset": entries with a mean of ``strength`` (1) standard deviations.
-        strength: see ``kind``.
+        strength: see ``kind``; "independent" has none.
         seed: of the random numbers.
+
+    Raises:
+        ModelError: an unknown kind.
 
     >>> bool(np.isclose(np.square(sensing_matrix(300, 500, "conditioned")).sum(), 500))
     True
     """
+    check_choice("sensing_matrix: kind", kind, get_args(MatrixKind))
     rng = np.random.default_rng(seed)
     entries = rng.standard_normal((rows, columns))
     if kind == "conditioned":
@@ -280,26 +285,6 @@ def sensing_matrix(
     elif kind == "offset":
         entries += 1.0 if strength is None else strength
     return entries * np.sqrt(columns / np.square(entries).sum())
-
-
-def simulated(
-    program: Model[Any], known: Mapping[str, Any], *, seed: int = 0
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Draw outcomes of a model, as data to fit it to, and the latents behind them.
-
-    Args:
-        program: one of this module; its arguments are the true constants.
-        known: the covariates, such as ``{"A": matrix}``.
-        seed: of the random numbers.
-
-    Returns:
-        ``known`` with the observed sites, and the latents.
-    """
-    drawn = program.sample(1, known, seed=seed)
-    variables = program.graph(known).variables
-    outcomes = {n: x[0] for n, x in drawn.items() if variables[n].role == "observed"}
-    truth = {n: x[0] for n, x in drawn.items() if variables[n].role == "latent"}
-    return {**known, **outcomes}, truth
 
 
 def _seen_with_noise(x: Value, row: PlateHandle, coef: PlateHandle, noise: float) -> None:

@@ -7,7 +7,7 @@ A standard deviation is a covariate, a constant to be learned, or a latent: see 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ from ppl import (
     plate,
 )
 from ppl.manifolds import SO2
+from ppl.models import simulation
+from ppl.models.choices import check_choice
 
 Scales = Literal["given", "learned", "latent"]
 
@@ -195,12 +197,7 @@ def simulated(
     >>> data["y"].shape, list(truth)
     (torch.Size([4]), ['level'])
     """
-    known = dict(known or {})
-    drawn = program.sample(1, known, sizes={"time": times}, seed=seed)
-    variables = program.graph(known, sizes={"time": times}).variables
-    series = {n: x[0] for n, x in drawn.items() if variables[n].role == "observed"}
-    truth = {n: x[0] for n, x in drawn.items() if variables[n].role == "latent"}
-    return {**known, **series}, truth
+    return simulation.simulated(program, known, sizes={"time": times}, seed=seed)
 
 
 def lighthouse(times: int = 50, *, seed: int = 0) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -219,6 +216,7 @@ def lighthouse(times: int = 50, *, seed: int = 0) -> tuple[dict[str, Any], dict[
 
 
 def _scale(name: str, scales: Scales) -> Any:
+    check_choice("scales", scales, get_args(Scales))
     if scales == "given":
         return given(name)
     if scales == "learned":

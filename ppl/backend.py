@@ -73,6 +73,7 @@ class Backend(Protocol):
     A module may have more:
 
     - ``describe(bound, options, settings) -> str``: one line for ``explain``.
+    - ``takes_sparse = True``: covariates may be sparse matrices in ``bound.values``.
     - ``extend(old_problem, old_state, new_problem, **options) -> state``: the state from which a
       run on more data goes on, for ``posterior.extend(new_data, **options)``. The new problem was
       prepared for the old data followed by the new rows; every element of a plate that the old
@@ -90,6 +91,17 @@ class Backend(Protocol):
     def init(self, problem: Any) -> Any: ...
     def step(self, problem: Any, state: Any, batch: Any) -> tuple[Any, Info]: ...
     def posterior(self, problem: Any, state: Any) -> Posterior: ...
+
+
+def sparse_reasons(backend: Backend, bound: Bound) -> list[Reason]:
+    """Why a backend cannot take the sparse matrices of the data; empty where there are none."""
+    if getattr(backend, "takes_sparse", False):
+        return []
+    return [
+        Reason(n, "is a sparse matrix, and this method needs dense ones.",
+               f"Use method='amp', which keeps it sparse, or pass {n}.to_dense().")
+        for n in bound.sparse
+    ]  # fmt: skip
 
 
 def register(name: str, module: str) -> None:

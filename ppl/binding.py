@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from ppl.arguments import illegal_arguments
 from ppl.columns import Column, Columns
 from ppl.distributions import MultivariateNormal
 from ppl.errors import DataError, nearest
@@ -44,6 +45,16 @@ class Bound:
         size = self.graph.plates[plate].size
         assert size is not None
         return size
+
+    @property
+    def dense(self) -> Mapping[str, Tensor]:
+        """``values`` with sparse matrices written out."""
+        return {n: v if v.layout == torch.strided else v.to_dense() for n, v in self.values.items()}
+
+    @property
+    def sparse(self) -> tuple[str, ...]:
+        """Names of the covariates that are sparse matrices."""
+        return tuple(n for n, v in self.values.items() if v.layout != torch.strided)
 
     def shape(self, variable: Variable) -> tuple[int, ...]:
         """Shape of a variable's array: plates, then event."""
@@ -113,6 +124,7 @@ def bind(
             report.append(
                 f"{gone} of {mask.numel()} entries of '{variable.name}' are missing and were marginalised"
             )
+    _check_arguments(graph, values, plates.labels)
     report += _unused(graph, columns)
     return Bound(graph, values, masks, maps, plates.labels, dtype, place, tuple(report), columns)
 
@@ -399,6 +411,8 @@ class _Plates:
             )
         else:
             arranged = column.arranged(variable.plates)
+            if column.is_sparse:
+                return self._sparse(variable, column)
             if not isinstance(arranged, Tensor):
                 column.element(variable.plates, torch.float64)  # raises: text used as numbers
             array = torch.as_tensor(arranged)
@@ -406,6 +420,21 @@ class _Plates:
             array = self._by_coordinate(column, array, plate, axis)
             array = self._per_element(column, array, plate, axis)
         return array
+
+    def _sparse(self, variable: Variable, column: Column) -> Tensor:
+        """A sparse matrix as it is: it can be a covariate whose axes are whole plates, or events."""
+        matrix = column.values
+        assert isinstance(matrix, Tensor)
+        keyed = any(
+            self._key(column, p, matrix.shape[i]) for i, p in enumerate(variable.plates[:2])
+        )
+        if variable.role != "given" or keyed:
+            what = "rows are looked up by a key" if keyed else f"it is {variable.role}"
+            raise DataError(
+                f"'{variable.name}': only a matrix that given() reads whole may be sparse, but {what}. "
+                f"Pass a dense array: {variable.name}.to_dense(), or .toarray()."
+            )
+        return matrix
 
     def _by_coordinate(self, column: Column, array: Tensor, plate: str, axis: int) -> Tensor:
         # The coordinates of an xarray name its elements; another array may have them in another order.
@@ -501,18 +530,12 @@ def _check_values(
     missing: Missing,
 ) -> tuple[Tensor, Tensor | None]:
     """The array with missing entries filled by a legal value, and the mask of present entries."""
+    if variable.role == "given":
+        _check_covariate(variable, tensor, labels)
+        return tensor, None
     absent = (
         tensor.isnan() if tensor.is_floating_point() else torch.zeros_like(tensor, dtype=torch.bool)
     )
-    if variable.role == "given":
-        if bool(absent.any()) or bool(torch.isinf(tensor).any()):
-            bad = absent | torch.isinf(tensor)
-            raise DataError(
-                f"'{variable.name}' (given): {int(bad.sum())} entries are NaN or infinite, the first at "
-                f"{_place(variable, bad, labels)}. Drop those rows, fill them in, or give the column a law: "
-                f"latent('{variable.name}', ...)."
-            )
-        return tensor, None
     if bool(absent.any()):
         if missing == "error":
             raise DataError(
@@ -534,6 +557,33 @@ def _check_values(
     if variable.role == "observed":
         _check_parts(graph, variable, absent, labels)
     return _filled(graph, variable, tensor, absent), ~absent
+
+
+def _check_covariate(
+    variable: Variable, tensor: Tensor, labels: Mapping[str, Sequence[Any]]
+) -> None:
+    # A sum is finite where every entry is: one pass over a large matrix instead of three.
+    entries = tensor if tensor.layout == torch.strided else tensor.values()
+    if not tensor.is_floating_point() or bool(entries.sum().isfinite()):
+        return
+    bad = ~tensor.to_dense().isfinite()
+    if bool(bad.any()):
+        raise DataError(
+            f"'{variable.name}' (given): {int(bad.sum())} entries are NaN or infinite, the first at "
+            f"{_place(variable, bad, labels)}. Drop those rows, fill them in, or give the column a law: "
+            f"latent('{variable.name}', ...)."
+        )
+
+
+def _check_arguments(
+    graph: Graph, values: Mapping[str, Tensor], labels: Mapping[str, Sequence[Any]]
+) -> None:
+    for variable, use, rule, bad in illegal_arguments(graph, values):
+        raise DataError(
+            f"'{variable.name}' is {use}: expected {rule}, and {int(bad.sum())} of {bad.numel()} are not, the first at "
+            f"{_place(variable, bad, labels)}: {values[variable.name][tuple(torch.nonzero(bad)[0])].tolist()}. "
+            "Correct it, or drop those rows."
+        )
 
 
 def _check_parts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,11 @@ class Column:
     def is_text(self) -> bool:
         """Whether the entries are labels and not numbers."""
         return not isinstance(self.values, Tensor)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the array is a sparse matrix, which is kept as rows of non-zero entries (CSR)."""
+        return isinstance(self.values, Tensor) and self.values.layout != torch.strided
 
     def arranged(self, plates: tuple[str, ...]) -> Tensor | np.ndarray:
         """The array with the axes of ``plates`` in front; xarray goes by dimension name."""
@@ -75,6 +81,8 @@ class Column:
             raise DataError(
                 f"'{self.name}' is empty: got shape {list(values.shape)}. Pass at least one element."
             )
+        if self.is_sparse:  # never written out; a zero is as good an element as any
+            return torch.zeros((), dtype=dtype).expand(shape)
         first = values[(0,) * len(plates)].reshape(shape)  # type: ignore[union-attr]
         return first.to(device="cpu", dtype=torch.bool if first.dtype == torch.bool else dtype)
 
@@ -160,10 +168,41 @@ def read_column(name: str, value: Any) -> Column:
     if hasattr(value, "dims") and hasattr(value, "coords") and hasattr(value, "values"):
         return _from_xarray(name, value)
     if isinstance(value, Tensor):
-        return Column(name, value.detach())
+        dense = value.layout == torch.strided
+        return Column(name, value.detach() if dense else _csr(name, value.detach()))
+    if hasattr(value, "tocsr"):  # scipy's sparse matrices and arrays
+        return Column(name, _from_scipy(name, value))
     if hasattr(value, "to_numpy"):  # a pandas or polars series
         return Column(name, _as_array(name, value.to_numpy()), categories=_categories(value))
     return Column(name, _as_array(name, value))
+
+
+def _from_scipy(name: str, matrix: Any) -> Tensor:
+    if getattr(matrix, "ndim", 2) != 2 or matrix.dtype.kind not in "biuf":
+        raise DataError(
+            f"'{name}': expected a sparse matrix of numbers with two axes, got {matrix.ndim} axes of {matrix.dtype}. "
+            "Pass a dense array."
+        )
+    rows = matrix.tocsr()
+    rows.sum_duplicates()
+    parts = (rows.indptr.astype(np.int64), rows.indices.astype(np.int64), rows.data)
+    with quiet():
+        return torch.sparse_csr_tensor(*map(torch.from_numpy, parts), size=rows.shape)
+
+
+def _csr(name: str, matrix: Tensor) -> Tensor:
+    if matrix.ndim != 2:
+        raise DataError(
+            f"'{name}': expected a sparse matrix of two axes, got shape {list(matrix.shape)}. "
+            f"Pass {name}.to_dense()."
+        )
+    with quiet():
+        return matrix.to_sparse_csr()
+
+
+def quiet() -> warnings.catch_warnings:
+    """Torch calls its CSR tensors a beta feature, once a process; not inside this context."""
+    return warnings.catch_warnings(action="ignore", category=UserWarning)
 
 
 def _from_frame(name: str, series: Any, table: int) -> Column:

@@ -4,7 +4,8 @@
 knows by a Gaussian with the posterior's mean and covariance, element by element of its plates.
 Between elements, and between different latents, the replaced laws are independent: a model whose
 unknowns are one vector is filtered exactly (Gaussian likelihoods given), others approximately, as
-in assumed-density filtering.
+in assumed-density filtering. Elements without labels are matched by position: latents of rows that
+are new each time need labels, or they take the laws of the rows that stood there before.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def with_prior(bound: Bound, prior: Posterior) -> Bound:
     Raises:
         ModelError: ``prior`` is no posterior.
         UnsupportedError: a latent has no Gaussian law; every such latent is listed.
-        DataError: a latent has another shape than in the posterior.
+        DataError: a latent or param has another shape than in the posterior, or its elements are
+            named in one and counted in the other.
     """
     if not isinstance(prior, Posterior):
         raise ModelError(
@@ -81,12 +83,7 @@ def moments(prior: Posterior, variable: Variable) -> Gaussians:
             f"'{name}': its support is {variable.support}, and a Gaussian reaches beyond. State the model on the whole "
             "line, with the latent's logarithm for example."
         )
-    before = prior.graph.variables[name]
-    if (before.event_shape, before.plates) != (variable.event_shape, variable.plates):
-        raise DataError(
-            f"prior: '{name}' was fitted with plates {before.plates} and elements {list(before.event_shape)}, the model now "
-            f"has plates {variable.plates} and elements {list(variable.event_shape)}."
-        )
+    _check_same_shape(variable, prior)
     if manifold is not None:
         if isinstance(marginal, JointGaussian) and marginal.manifold == manifold.name:
             return marginal
@@ -97,7 +94,7 @@ def moments(prior: Posterior, variable: Variable) -> Gaussians:
 
 
 def _of_vectors(marginal: mg.Marginal, variable: Variable) -> Gaussians:
-    if isinstance(marginal, (mg.Gaussian, mg.GaussianMixture)) or variable.dims == 1:
+    if isinstance(marginal, (mg.Gaussian, mg.GaussianMixture, mg.Pieces)) or variable.dims == 1:
         scale = mg.sd(marginal).to(mg.mean(marginal))
         return Gaussian(mg.mean(marginal), scale)
     if len(variable.event_shape) > 1:
@@ -145,7 +142,7 @@ def _matched(
         if labels[plate] == bound.labels[plate]:
             seen = seen.unsqueeze(-1).expand(*seen.shape, bound.size(plate))
             continue
-        rows = positions_of(labels[plate], bound.labels[plate]).to(bound.device)
+        rows = _places(variable, plate, labels, bound)
         law = _map(law, partial(torch.index_select, dim=at, index=rows.clamp(min=0)))
         seen = seen.unsqueeze(-1) & (rows >= 0)
     if bool(seen.all()):
@@ -153,6 +150,21 @@ def _matched(
     if not bool(seen.any()):
         return None
     return _filled(law, _own_law(bound, variable, int((~seen).sum())), seen)
+
+
+def _places(
+    variable: Variable, plate: str, labels: Mapping[str, Sequence[object]], bound: Bound
+) -> Tensor:
+    """Position among the old elements of each new one, -1 where there is none."""
+    old, new = labels[plate], bound.labels[plate]
+    rows = positions_of(old, new).to(bound.device)
+    if bool((rows < 0).all()) and isinstance(old, range) != isinstance(new, range):
+        kinds = ("counted", "named") if isinstance(old, range) else ("named", "counted")
+        raise DataError(
+            f"prior: the elements of plate '{plate}', over which '{variable.name}' varies, were {kinds[0]} in the earlier data "
+            f"and are {kinds[1]} now, so that none is found again. Use the same labels, or say labels={{'{plate}': [...]}}."
+        )
+    return rows
 
 
 def _filled(law: Gaussians, own: JointGaussian, seen: Tensor) -> Gaussians:
@@ -260,20 +272,33 @@ def _with_params(bound: Bound, prior: Posterior) -> Bound:
     """Learned constants start where the posterior has them."""
     variables = dict(bound.graph.variables)
     for variable in bound.graph.role("param"):
-        value = prior.params.get(variable.name)
-        shape = bound.shape(variable)
-        if value is None:
-            continue
-        start = torch.as_tensor(variable.initial).to(bound.device, bound.dtype).expand(shape)
-        found = value.to(start)
-        seen = torch.ones((), dtype=torch.bool, device=bound.device)
-        for at, plate in enumerate(variable.plates):
-            rows = positions_of(prior.labels[plate], bound.labels[plate]).to(bound.device)
-            found = found.index_select(at, rows.clamp(min=0))
-            seen = seen.unsqueeze(-1) & (rows >= 0)
-        mask = seen.reshape((*seen.shape, *(1,) * len(variable.event_shape)))
-        variables[variable.name] = replace(variable, initial=torch.where(mask, found, start))
+        if variable.name in prior.params:
+            start = _start(bound, variable, prior)
+            variables[variable.name] = replace(variable, initial=start)
     return replace(bound, graph=replace(bound.graph, variables=variables))
+
+
+def _start(bound: Bound, variable: Variable, prior: Posterior) -> Tensor:
+    """Start ``[*plates, *event]`` of a param: learned where an element was seen, else the model's own."""
+    _check_same_shape(variable, prior)
+    own = torch.as_tensor(variable.initial).to(bound.device, bound.dtype)
+    found = prior.params[variable.name].to(own)
+    seen = torch.ones((), dtype=torch.bool, device=bound.device)
+    for at, plate in enumerate(variable.plates):
+        rows = _places(variable, plate, prior.labels, bound)
+        found = found.index_select(at, rows.clamp(min=0))
+        seen = seen.unsqueeze(-1) & (rows >= 0)
+    mask = seen.reshape((*seen.shape, *(1,) * len(variable.event_shape)))
+    return torch.where(mask, found, own.expand(bound.shape(variable)))
+
+
+def _check_same_shape(variable: Variable, prior: Posterior) -> None:
+    before = prior.graph.variables[variable.name]
+    if (before.event_shape, before.plates) != (variable.event_shape, variable.plates):
+        raise DataError(
+            f"prior: '{variable.name}' was fitted with plates {before.plates} and elements {list(before.event_shape)}, the "
+            f"model now has plates {variable.plates} and elements {list(variable.event_shape)}. Use the same model for both."
+        )
 
 
 def _map(law: Gaussians, change: Callable[[Tensor], Tensor]) -> Gaussians:

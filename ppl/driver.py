@@ -116,7 +116,8 @@ def infer(
         bound = bound if prior is None else with_prior(bound, prior)
         method, why = _choose(bound, options) if method == "auto" else (method, "asked for by name")
         name, backend, record = backends.resolve(method, options)
-        _check_supported(name, backend.supports(bound.graph))
+        lacking = backends.sparse_reasons(backend, bound)
+        _check_supported(name, [*backend.supports(bound.graph), *lacking])
         streams = Streams(seed, bound.device)
         settings = Settings(streams, _restarts(restarts), _bytes(memory), max_iters, tol, minibatch)
         run = _Run(
@@ -166,6 +167,8 @@ def explain(
 def _explained(name: str, graph: Graph, bound: Bound | None, memory: int | str | None) -> Explained:
     backend = backends.load(name)
     reasons, note = backend.supports(graph), ""
+    if bound is not None:
+        reasons = [*reasons, *backends.sparse_reasons(backend, bound)]
     if not reasons and bound is not None and hasattr(backend, "describe"):
         settings = Settings(Streams(0, bound.device), memory=_bytes(memory))
         try:

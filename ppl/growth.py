@@ -18,7 +18,7 @@ from torch import Tensor
 from ppl.binding import Bound
 from ppl.columns import Column, Columns, read_data
 from ppl.continual import with_laws
-from ppl.errors import DataError
+from ppl.errors import DataError, nearest
 from ppl.model import Model
 
 
@@ -42,8 +42,14 @@ def grown(
         along: plate along which arrays of several plates grow, where their shapes do not tell.
 
     Raises:
-        DataError: rows that lack a column, or columns that the old data did not have.
+        DataError: rows that lack a column, columns that the old data did not have, or a plate
+            ``along`` that the model does not have.
     """
+    if along is not None and along not in old.graph.plates:
+        raise DataError(
+            f"extend: along={along!r} is no plate of the model.{nearest(along, old.graph.plates)} Plates: "
+            f"{', '.join(old.graph.plates)}."
+        )
     columns = appended(old, read_data(data), along)
     names = {p: [*old.labels[p], *new] for p, new in (labels or {}).items() if p in old.labels}
     bound = model.bind(

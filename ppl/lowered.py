@@ -69,6 +69,17 @@ class Lowered:
         open_inputs = {n: s for n, s in self.inputs.items() if n not in arrays}
         return Lowered(self.axes, self.outputs, open_inputs, tuple(left), base)
 
+    def pruned(self) -> Lowered:
+        """The same function without steps, inputs and constants that none of its outputs needs."""
+        needed, steps = set(self.outputs), []
+        for step in reversed(self.steps):
+            if step.out in needed:
+                needed.update(step.inputs)
+                steps.append(step)
+        inputs = {name: slot for name, slot in self.inputs.items() if slot in needed}
+        base = [value if i in needed else None for i, value in enumerate(self.base)]
+        return Lowered(self.axes, self.outputs, inputs, tuple(reversed(steps)), base)
+
 
 def map_name(child: str, ancestor: str) -> str:
     """Input name of a membership.

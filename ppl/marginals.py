@@ -1,4 +1,4 @@
-"""What a posterior knows of one site: weighted points, Gaussians, or a table of probabilities.
+"""What a posterior knows of one site: weighted points, Gaussians, pieces, or a table of probabilities.
 
 All answer the same questions; shapes are ``[*plates, *event]``.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from ppl.manifolds import Manifold, by_name
+from ppl.pieces import Pieces, quantiles
 
 
 class Weighted(NamedTuple):
@@ -55,12 +56,13 @@ class Table(NamedTuple):
     table: Tensor  # [*plates, V]
 
 
-Marginal = Weighted | Gaussian | GaussianMixture | JointGaussian | Table
+Marginal = Weighted | Gaussian | GaussianMixture | JointGaussian | Pieces | Table
 KINDS = {
     "weighted": Weighted,
     "gaussian": Gaussian,
     "mixture": GaussianMixture,
     "joint": JointGaussian,
+    "pieces": Pieces,
     "table": Table,
 }
 _STEPS = 80  # of the search for a quantile; fewer than ten are usual
@@ -74,6 +76,8 @@ def mean(m: Marginal) -> Tensor:
     """
     if isinstance(m, (Gaussian, JointGaussian)):
         return m.loc
+    if isinstance(m, Pieces):
+        return m.centre
     if isinstance(m, GaussianMixture):
         return torch.tensordot(m.weights, m.loc, 1)
     if isinstance(m, Table):
@@ -87,6 +91,8 @@ def sd(m: Marginal) -> Tensor:
     """
     if isinstance(m, Gaussian):
         return m.scale
+    if isinstance(m, Pieces):
+        return m.spread
     if isinstance(m, JointGaussian):
         spread = m.covariance.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
         return spread if m.manifold else spread.reshape(m.loc.shape)
@@ -122,6 +128,8 @@ def quantile(m: Marginal, q: Tensor) -> Tensor:
         return mean(m) + entry_sd(m) * torch.special.ndtri(levels)
     if isinstance(m, GaussianMixture):
         return torch.stack([_mixture_quantile(m, float(level)) for level in q])
+    if isinstance(m, Pieces):
+        return quantiles(m, q)
     if isinstance(m, Table):
         reached = m.table.cumsum(-1).unsqueeze(0) >= levels.unsqueeze(-1) - 1e-12
         return reached.to(torch.int8).argmax(-1).to(m.table.dtype)
@@ -220,11 +228,16 @@ def probs(m: Marginal, values: int | None = None) -> Tensor:
     """Probabilities ``[*plates, V]`` of a discrete site's values 0, 1, ..., V-1."""
     if isinstance(m, Table):
         return m.table
-    if isinstance(m, (Gaussian, GaussianMixture, JointGaussian)):
+    if isinstance(m, (Gaussian, GaussianMixture, JointGaussian, Pieces)):
         raise ValueError("a continuous site has no table of probabilities")
     top = int(m.points.max().item()) + 1 if values is None else values
     hits = m.points.unsqueeze(-1) == torch.arange(top, dtype=m.points.dtype, device=m.points.device)
     return (_spread_weights(m).unsqueeze(-1) * hits).sum(0)
+
+
+def inclusion(m: Marginal) -> Tensor | None:
+    """Probability ``[*plates, *event]`` of not being exactly zero; None where no mass stands at zero."""
+    return m.share if isinstance(m, Pieces) else None
 
 
 def _spread_weights(m: Weighted) -> Tensor:

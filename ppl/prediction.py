@@ -12,7 +12,7 @@ from torch import Tensor
 from ppl import marginals as mg
 from ppl.binding import Bound, positions_of
 from ppl.diagnostics import LooResult, loo
-from ppl.errors import DataError, UnsupportedError, nearest
+from ppl.errors import DataError, ModelError, UnsupportedError, nearest
 from ppl.lower import Compiler, map_name, variables_of
 from ppl.posterior import Posterior
 from ppl.simulation import DRAW, Known, simulate
@@ -207,6 +207,11 @@ def leave_one_out(posterior: Posterior, *, n: int = 1000, seed: int | None = Non
             keep = mask.reshape(*values.shape[1:], -1).any(-1).reshape(-1)
             flat = flat[:, keep]
         terms.append(flat)
+    if not terms:
+        raise ModelError(
+            "loo: the model has no observed site, and only those are left out. "
+            "Write observe(name, law) in place of factor(name, law, at=value)."
+        )
     return loo(torch.cat(terms, 1))
 
 
@@ -237,7 +242,7 @@ def _entry_densities(bound: Bound, draws: Mapping[str, Tensor]) -> dict[str, Ten
     # Exactly the site's plates, in its own order: a result that does not vary over one is expanded below.
     outputs = [compiler.align(compiler.density(f), _sorted_axes(graph, f.plates)) for f in sites]
     lowered = compiler.finish(outputs)
-    arrays = {**bound.values, **draws, **{map_name(*k): m for k, m in bound.maps.items()}}
+    arrays = {**bound.dense, **draws, **{map_name(*k): m for k, m in bound.maps.items()}}
     arrays |= {name + "@mask": mask for name, mask in bound.masks.items()}
     n = len(next(iter(draws.values())))
     out = {}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ppl import marginals as mg
 from ppl.binding import Bound
-from ppl.columns import Column, Columns
+from ppl.columns import Column, Columns, quiet
 from ppl.continual import with_laws
 from ppl.diagnostics import Diagnostics
 from ppl.errors import DataError, PPLError
@@ -185,9 +185,11 @@ def _plain(value: Any) -> Any:
 
 def _cpu(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
     # A copy: a view would drag the whole of the storage that it looks at into the file.
-    return {
-        name: torch.as_tensor(t).detach().cpu().contiguous().clone() for name, t in tensors.items()
-    }
+    return {name: _copied(torch.as_tensor(t).detach().cpu()) for name, t in tensors.items()}
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return (tensor.contiguous() if tensor.layout == torch.strided else tensor).clone()
 
 
 # ---- what is read -----------------------------------------------------------------------------
@@ -221,7 +223,8 @@ def _read(file: Path) -> dict[str, Any]:
 def _unpacked(file: Path) -> Any:
     """What is in an archive of tensors; None when it cannot be read, or holds other objects."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with quiet():
+            return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError):
         return None
 

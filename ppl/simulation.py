@@ -84,7 +84,9 @@ class _Simulation:
         for v in self.graph.variables.values():
             fixed = v.role == "given"
             if fixed:
-                self.axes[v.name], self.arrays[v.name] = v.plates, bound.values[v.name]
+                value = bound.values[v.name]
+                dense = value if value.layout == torch.strided else value.to_dense()
+                self.axes[v.name], self.arrays[v.name] = v.plates, dense
             elif v.role == "param":
                 start = torch.as_tensor(v.initial, dtype=bound.dtype, device=bound.device)
                 self.arrays[v.name] = start.expand(bound.shape(v))

@@ -17,8 +17,20 @@ import torch
 from sklearn.datasets import load_sample_image
 from torch.distributions import constraints
 
-from ppl import Laplace, Normal, SpikeSlab, dot, given, infer, latent, model, observe, param, plate
-from ppl.inference.amp import state_evolution
+from ppl import (
+    Laplace,
+    Normal,
+    SpikeSlab,
+    dot,
+    given,
+    infer,
+    latent,
+    model,
+    observe,
+    param,
+    plate,
+    state_evolution,
+)
 from ppl.models import sensed_image
 from ppl.models.grids import peak_signal_to_noise
 from ppl.models.transforms import dct, image_of_wavelets, wavelets_of_image

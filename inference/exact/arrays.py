@@ -9,7 +9,7 @@ from torch import Tensor
 from ppl.binding import Bound
 from ppl.graph import Graph
 from ppl.inference.exact.split import Split
-from ppl.lower import Lowered, map_name
+from ppl.lower import map_name
 
 # Lowering treats these two names as axes that an element of a chain shares with the one before it.
 CASES = "restart"  # quadrature nodes times configurations of listed latents
@@ -45,14 +45,3 @@ def static_arrays(bound: Bound) -> Mapping[str, Tensor]:
 def padded(tensor: Tensor, rank: int) -> Tensor:
     """The tensor with leading axes of length one up to ``rank``; lowering leaves them out."""
     return tensor[(None,) * (rank - tensor.ndim)] if tensor.ndim < rank else tensor
-
-
-def pruned(lowered: Lowered) -> Lowered:
-    """The function without the steps and inputs that none of its outputs needs."""
-    needed, steps = set(lowered.outputs), []
-    for step in reversed(lowered.steps):
-        if step.out in needed:
-            needed.update(step.inputs)
-            steps.append(step)
-    inputs = {name: slot for name, slot in lowered.inputs.items() if slot in needed}
-    return Lowered(lowered.axes, lowered.outputs, inputs, tuple(reversed(steps)), lowered.base)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ppl.binding import Bound
 from ppl.distributions import MultivariateNormal
+from ppl.distributions.multivariate import covariance_of
 from ppl.errors import UnsupportedError
 from ppl.graph import Factor, Law
 from ppl.inference.exact.arrays import (
@@ -27,7 +28,6 @@ from ppl.inference.exact.arrays import (
     CASES,
     order,
     padded,
-    pruned,
     static_arrays,
     variable_axes,
 )
@@ -79,7 +79,7 @@ class Term:
     law: Law
     columns: Tensor  # [n], long
     cut: Callable[[Tensor], Tensor] | None  # the part of the value that the law speaks of
-    keep: Tensor | None  # [*plates, *batch] of the factor, 1 where an entry counts
+    keep: Tensor | None  # [*plates, *event] or [*plates] of the factor, 1 where an entry counts
     sizes: tuple[int, ...]  # of the plates
     event_ndim: int  # of the value
     lost: int  # plates of the factor that the cut removes
@@ -136,8 +136,8 @@ def _term(bound: Bound, parts: Split, factor: Factor, later: bool, places: Place
         return compiler.align(arguments[i], lead, rank)
 
     whole = compiler.align(value, (CASES, BASIS, *factor.plates))
-    ends = pruned(compiler.finish([whole, placed(loc_at)]))
-    spread = pruned(compiler.finish([placed(1 - loc_at)]))
+    ends = compiler.finish([whole, placed(loc_at)]).pruned()
+    spread = compiler.finish([placed(1 - loc_at)]).pruned()
     touched = [n for n in places if n in ends.inputs]
     columns, basis = _basis(touched, places, bound)
     static = {**static_arrays(bound), **basis}
@@ -150,7 +150,7 @@ def _term(bound: Bound, parts: Split, factor: Factor, later: bool, places: Place
         law=law,
         cut=part.cut,
         columns=columns,
-        keep=_keep(bound, factor, [value, *arguments], plates, sizes, law.family.event_dim),
+        keep=_keep(bound, factor, [value, *arguments], plates, sizes),
         sizes=sizes,
         event_ndim=value.event_ndim,
         lost=len(factor.plates) - len(plates),
@@ -193,10 +193,9 @@ def _keep(
     operands: Sequence[Operand],
     plates: tuple[str, ...],
     sizes: tuple[int, ...],
-    event_dim: int,
 ) -> Tensor | None:
     """1 where an entry counts: it is present, and its neighbours in an ordered plate exist.
-    ``[*plates, *batch]``
+    ``[*plates, *event]``, or ``[*plates]`` where no entry is missing.
     """
     keep = None
     if factor.kind == "conditional" and factor.name in bound.masks:
@@ -206,10 +205,7 @@ def _keep(
                 "supported. Make the chain a "
                 "latent and observe it through a law of its own."
             )
-        mask = bound.masks[factor.name]
-        if event_dim:  # a joint event counts only when all of it is there
-            mask = mask.flatten(mask.ndim - event_dim).all(-1)
-        keep = mask.to(bound.dtype)
+        keep = bound.masks[factor.name].to(bound.dtype)
     for plate, start, end in {e for o in operands for e in o.edges}:
         at = plates.index(plate)
         place = torch.arange(sizes[at], device=bound.device)
@@ -263,21 +259,30 @@ def _joint_scaled(
     term: Term, centre: Tensor, matrix: Tensor, arrays: Mapping[str, Tensor]
 ) -> Scaled:
     residual, _ = _residual(term, arrays)
-    chol = _cholesky(term.law, matrix).squeeze(1)  # [1 | g, *plates, *batch, d, d]
-    ahead = residual.movedim(1, -1)  # [1 | g, *plates, *batch, d, n + 1]
+    there = _spread_keep(term, residual[0, 0])  # [*plates, *batch, d]
+    chol = _cholesky(term, matrix.squeeze(1), there)  # [1 | g, *plates, *batch, d, d]
+    ahead = (residual * there).movedim(1, -1)  # [1 | g, *plates, *batch, d, n + 1]
     white = torch.linalg.solve_triangular(chol, ahead, upper=False).movedim(-1, 1)
     log_det = chol.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    each = (-log_det - residual.shape[-1] * HALF_LOG_2PI).expand(-1, *residual.shape[2:-1])
-    norm = (each * _spread_keep(term, each[0])).reshape(len(each), -1).sum(-1)
+    each = -log_det - there.sum(-1) * HALF_LOG_2PI
+    norm = each.reshape(len(each), -1).sum(-1)
     return Scaled(_centred(_rows(white, term), centre), norm.new_ones(1, 1), norm)
 
 
-def _cholesky(law: Law, matrix: Tensor) -> Tensor:
-    """Lower Cholesky factor of the covariance."""
-    name = next(leaf.path for leaf in law.family.leaves() if leaf.path != "loc")
-    if name == "scale_tril":
+def _cholesky(term: Term, matrix: Tensor, there: Tensor) -> Tensor:
+    """Lower Cholesky factor of the covariance, that of the identity where entries are missing.
+
+    As in :func:`ppl.densities.marginal_log_prob`: with residuals of zero the missing entries add
+    nothing, and the others have their marginal law.
+    """
+    name = next(leaf.path for leaf in term.law.family.leaves() if leaf.path != "loc")
+    if name == "scale_tril" and term.keep is None:
         return matrix
-    covariance = torch.linalg.inv(matrix) if name == "precision_matrix" else matrix
+    covariance = covariance_of(name, matrix)
+    if term.keep is not None:
+        both = (there.unsqueeze(-1) * there.unsqueeze(-2)) > 0
+        eye = torch.eye(there.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        covariance = torch.where(both, covariance, eye)
     return torch.linalg.cholesky_ex(covariance)[0]
 
 

@@ -21,6 +21,7 @@ from ppl.distributions import Flat
 from ppl.errors import UnsupportedError
 from ppl.graph import Factor, Graph, Law, Variable
 from ppl.lower import variables_of
+from ppl.manifolds import manifold_of
 from ppl.passes import Degree, degree, gaussian_given, upstream
 
 MAX_OUTER = 3  # scalars; each costs some 40 nodes
@@ -78,13 +79,10 @@ def _latent_reasons(v: Variable) -> list[Reason]:
         return [Reason(v.name, problem, "Use Categorical over a range, or method='qem'.")]
     if not v.is_discrete and _bijection(v) is None:
         problem = f"has the support {v.support}, to which no fixed map from the real line leads."
-        return [
-            Reason(
-                v.name,
-                problem,
-                "Write it as a function of a latent with fixed support, or use method='qem'.",
-            )
-        ]
+        remedy = "Write it as a function of a latent with fixed support, or use method='qem'."
+        if manifold_of(v) is not None:
+            remedy = "Use method='laplace' or 'gbp'."
+        return [Reason(v.name, problem, remedy)]
     return []
 
 

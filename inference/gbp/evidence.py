@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ppl.inference.gbp.cavities import cavity
-from ppl.inference.gbp.messages import with_cavities
 from ppl.inference.gbp.models import Rows, plain
 from ppl.inference.gbp.problem import Problem
+from ppl.inference.gbp.schur import with_cavities
 from ppl.inference.gbp.wiring import Wire
 from ppl.inference.groups import Group
 from ppl.inference.numerics.gaussian import Gaussian, log_integral, times

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from ppl.backend import Info
 from ppl.errors import NumericalError
+from ppl.inference.gbp.candidates import Setting
+from ppl.inference.gbp.cures import cures
 from ppl.inference.gbp.layout import Part
 from ppl.inference.gbp.models import Rows, View, linear_model, own, weighed
 from ppl.inference.gbp.monitor import (
+    WHISPER,
     Moments,
-    cures,
     graduation,
     judged,
     largest_change,
@@ -24,12 +26,11 @@ from ppl.inference.gbp.monitor import (
 )
 from ppl.inference.gbp.problem import Problem
 from ppl.inference.gbp.relinearise import Charts, due_rows, moved, new_clock
-from ppl.inference.gbp.rounds import Setting, run_round, summed
+from ppl.inference.gbp.rounds import run_round, summed
 from ppl.inference.gbp.state import WINDOW, Best, Run, State
 from ppl.inference.numerics.gaussian import Gaussian
 
 _SMALL = 50_000  # residuals up to which the energy is computed in every round
-_WHISPER = 1e-6
 _SPARSE = 10  # rounds between two computations of the energy of larger problems
 
 
@@ -52,11 +53,11 @@ def begin(problem: Problem, points: Mapping[str, Tensor]) -> State:
             problem.options.proximal or 0.0,
             problem.plan.relinearise,
             torch.full((WINDOW,), math.inf, dtype=torch.float64),
-            dropped=sum(m.dropped for m in made.values()),
+            dropped=sum(made[g.name].dropped for g in groups.groups if g.is_affine),
         )
         state = started(problem, charts, run)
         if problem.options.proximal is None and _needs_hold(problem, state):
-            return started(problem, charts, run._replace(proximal=_WHISPER))
+            return started(problem, charts, run._replace(proximal=WHISPER))
         return state
 
 
@@ -139,7 +140,6 @@ def _relinearised(problem: Problem, state: State) -> State:
     run = state.run._replace(
         moved=made.rows,
         moved_in_all=state.run.moved_in_all + made.rows,
-        dropped=state.run.dropped + made.dropped,
     )
     if not made.is_moved:
         return state._replace(charts=made.charts, run=run)

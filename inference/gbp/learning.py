@@ -13,9 +13,9 @@ import torch
 from ppl.backend import Info
 from ppl.inference.gbp import kernel
 from ppl.inference.gbp.evidence import joint_covariance
+from ppl.inference.gbp.final import Final, finished
 from ppl.inference.gbp.models import linear_model
 from ppl.inference.gbp.problem import Problem
-from ppl.inference.gbp.results import Final, finished
 from ppl.inference.gbp.state import State
 from ppl.inference.groups.learning import learn
 

@@ -17,10 +17,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ppl.inference.numerics.gaussian import Gaussian, eliminated, inverse, times
-from ppl.inference.numerics.linalg import symmetrise
+from ppl.inference.gbp.schur import schur
+from ppl.inference.numerics.gaussian import Gaussian, inverse, times
 
 Form = Literal["auto", "innovation", "schur"]
+_FEW = 256  # rows up to which calls take longer than numbers
 
 
 class Sent(NamedTuple):
@@ -48,6 +49,8 @@ def factor_messages(
         return Sent(schur(jacobian, residual, cavities), 0)
     if residual.shape[-1] == 1 and all(j.shape[-1] == 1 for j in jacobian):
         return _scalar_messages(jacobian, residual, cavities)
+    if 1 < len(cavities) and len(residual) <= _FEW and len({c.eta.shape for c in cavities}) == 1:
+        return _as_one_slot(jacobian, residual, cavities, form)
     inverses = [inverse(c.lam) for c in cavities]
     made, good = innovation(jacobian, residual, cavities, [i.matrix for i in inverses])
     proper = torch.stack([i.proper.all(-1) for i in inverses]).all(0) & good
@@ -59,6 +62,19 @@ def factor_messages(
     for whole, few in zip(made, exact, strict=True):
         whole.eta[rows], whole.lam[rows] = few.eta, few.lam
     return Sent(made, len(rows))
+
+
+def _as_one_slot(
+    jacobian: Sequence[Tensor], residual: Tensor, cavities: Sequence[Gaussian], form: Form
+) -> Sent:
+    """Equal slots as one of more edges: for a few rows the number of calls is what takes the time."""
+    width = jacobian[0].shape[1]
+    whole = Gaussian(
+        torch.cat([c.eta for c in cavities], 1), torch.cat([c.lam for c in cavities], 1)
+    )
+    sent = factor_messages([torch.cat(list(jacobian), 1)], residual, [whole], form)
+    etas, lams = sent.messages[0].eta.split(width, 1), sent.messages[0].lam.split(width, 1)
+    return Sent([Gaussian(e, p) for e, p in zip(etas, lams, strict=True)], sent.improper)
 
 
 def _scalar_messages(
@@ -214,89 +230,6 @@ def _others_within(part: Tensor) -> Tensor:
     return before + after
 
 
-# ---- Schur form -----------------------------------------------------------------------------------
-
-
-def schur(
-    jacobian: Sequence[Tensor], residual: Tensor, cavities: Sequence[Gaussian]
-) -> list[Gaussian]:
-    """Add the other cavities to a row's own quadratic and integrate the others out; cavities may be improper.
-
-    Computed in float64.
-    """
-    dtype = residual.dtype
-    rows = torch.cat([_side_by_side(j) for j in jacobian], -1).double()
-    lam, eta = rows.mT @ rows, -times(rows.mT, residual.double())
-    joint = with_cavities(Gaussian(eta, lam), cavities)
-    made, start = [], 0
-    for j, c in zip(jacobian, cavities, strict=True):
-        width, d = j.shape[1], j.shape[-1]
-        message = _toward(joint, start, width, d, c)
-        own = _own_square(j).double()
-        # What is left of a difference of equals says nothing: no message at all, rather than noise.
-        real = message.lam.diagonal(dim1=-2, dim2=-1).sum(-1) > 1e-13 * own
-        lam = torch.where(real[..., None, None], message.lam, 0.0)
-        made.append(
-            Gaussian(torch.where(real[..., None], message.eta, 0.0).to(dtype), lam.to(dtype))
-        )
-        start += width * d
-    return made
-
-
-def with_cavities(row: Gaussian, cavities: Sequence[Gaussian]) -> Gaussian:
-    """A row's quadratic ``[F, D]`` times the cavities of all its edges: the belief of the row."""
-    eta, lam, start = row.eta.clone(), row.lam.clone(), 0
-    for c in cavities:
-        for b in range(c.eta.shape[1]):
-            at = slice(start, start + c.eta.shape[-1])
-            eta[:, at] += c.eta[:, b]
-            lam[:, at, at] += c.lam[:, b]
-            start = at.stop
-    return Gaussian(eta, lam)
-
-
-def _toward(joint: Gaussian, start: int, width: int, d: int, cavities: Gaussian) -> Gaussian:
-    """Messages to the ``width`` edges of a slot whose coordinates begin at ``start``."""
-    total = joint.eta.shape[-1]
-    device = joint.eta.device
-    stay = start + torch.arange(width * d, device=device).reshape(width, d)
-    everything = torch.arange(total, device=device).expand(width, total)
-    drop = everything[(everything < stay[:, :1]) | (everything > stay[:, -1:])].reshape(width, -1)
-    kept = Gaussian(joint.eta[:, stay], _block(joint.lam, stay, stay))
-    own = Gaussian(kept.eta - cavities.eta.double(), kept.lam - cavities.lam.double())
-    if not drop.shape[1]:
-        return own
-    dropped = Gaussian(joint.eta[:, drop], _block(joint.lam, drop, drop))
-    return _eliminated(own, _block(joint.lam, stay, drop), dropped)
-
-
-def _block(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    return matrix[:, rows.unsqueeze(-1), columns.unsqueeze(-2)]
-
-
-def _eliminated(kept: Gaussian, cross: Tensor, dropped: Gaussian) -> Gaussian:
-    chol, info = torch.linalg.cholesky_ex(dropped.lam)
-    sizes = dropped.lam.diagonal(dim1=-2, dim2=-1)
-    singular = (info > 0) | (chol.diagonal(dim1=-2, dim2=-1).square() <= 1e-14 * sizes).any(-1)
-    if bool(singular.any()):
-        # A whisper in directions that nothing informs leaves no trace in the others.
-        largest = sizes.amax(-1, keepdim=True)
-        whisper = torch.where(largest > 0, 1e-12 * largest, 1.0) * singular.unsqueeze(-1)
-        more = torch.diag_embed(whisper.expand_as(sizes))
-        dropped = Gaussian(dropped.eta, dropped.lam + more)
-    made = eliminated(kept, cross, dropped)
-    return Gaussian(made.eta, symmetrise(made.lam))
-
-
-def _side_by_side(jacobian: Tensor) -> Tensor:
-    """``[F, m, B * d]`` from ``[F, B, m, d]``."""
-    return jacobian.transpose(1, 2).flatten(2)
-
-
-def _own_square(jacobian: Tensor) -> Tensor:
-    return jacobian.square().sum((-2, -1))
-
-
 __all__ = [
     "Form",
     "Sent",
@@ -305,7 +238,5 @@ __all__ = [
     "innovation",
     "leave_one_out",
     "scalar_innovation",
-    "schur",
     "silenced",
-    "with_cavities",
 ]

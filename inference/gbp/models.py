@@ -18,7 +18,9 @@ from ppl.inference.gbp.layout import Part
 from ppl.inference.groups import Family, Group, LogDensity, Quadratic, Robust
 from ppl.inference.groups.linearise import outputs_and_jacobian
 from ppl.inference.groups.losses import Matching
+from ppl.inference.groups.motions import inverse_right_jacobian
 from ppl.inference.numerics.gaussian import Gaussian, times
+from ppl.manifolds import SE2, SE3, SO2, SO3
 
 Params = Mapping[str, Tensor]
 
@@ -172,6 +174,13 @@ def change_of_chart(family: Family, origin: Tensor, points: Tensor) -> Tensor | 
     """Derivative ``[N, d, d]`` of old coordinates by new ones at the new origin; None where it is the identity."""
     if family.manifold is None:
         return None
+    if family.manifold in (
+        SO2,
+        SE2,
+        SO3,
+        SE3,
+    ):  # log(exp(m) exp(delta)) with m the way between the origins
+        return inverse_right_jacobian(family.manifold, family.local(origin, points))
 
     def old(delta: Tensor) -> Tensor:
         return family.local(origin, family.retract(points, delta))

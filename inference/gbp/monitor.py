@@ -12,32 +12,22 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ppl.errors import NumericalError
+from ppl.inference.gbp.cures import is_determined
 from ppl.inference.gbp.problem import Problem
-from ppl.inference.gbp.relinearise import displacement
+from ppl.inference.gbp.relinearise import Charts, displacement
 from ppl.inference.gbp.state import WINDOW, Run, State
 from ppl.inference.groups import Family
-from ppl.inference.groups.equations import Equations
 from ppl.inference.numerics.gaussian import Gaussian, inverse, times
 
-_LARGE = 20_000_000  # pairs beyond which the spectral radius is guessed
-_POWERS = 60  # of the power method
 _SPAN = 5  # rounds over which the rate is measured
 _LONGEST = 0.999  # rate that the distance still to go is computed with, at most
 _COARSE = 0.05  # change above which a run has not converged, whatever the rounding
+WHISPER = 1e-6  # proximal factor that only keeps variables where they are
 _PATIENT = 20  # rounds with a rate above one until the run counts as diverging
-
-
-class Cure(NamedTuple):
-    """Settings to go on with."""
-
-    damping: float
-    proximal: float
-    policy: int | str
 
 
 class Moments(NamedTuple):
@@ -89,7 +79,8 @@ def _worst(a: float, b: float) -> float:
 def judged(problem: Problem, state: State, found: Moments, change: float, noise: float) -> State:
     """The state with its run's record brought up to date."""
     run = _recorded(problem, state.run, change, noise)
-    state = state._replace(run=_ranked(problem, run, state.beliefs, found.improper))
+    run = _ranked(problem, run, state.beliefs, state.charts, found.improper)
+    state = state._replace(run=run)
     still = change / (1 - state.run.damping) <= max(problem.tol, noise) and not found.improper
     exact = _is_exact(problem, state, found)
     if not (exact or (still and _near(problem, state, noise))):
@@ -153,15 +144,20 @@ def graduation(problem: Problem, at: int) -> float:
 # ---- variables that nothing informs ----------------------------------------------------------------------------
 
 
-def _ranked(problem: Problem, run: Run, beliefs: Mapping[str, Gaussian], improper: int) -> Run:
+def _ranked(
+    problem: Problem, run: Run, beliefs: Mapping[str, Gaussian], charts: Charts, improper: int
+) -> Run:
     """Count known directions of improper beliefs; when no round adds one, none ever will."""
     if not improper:
         return run._replace(ranks=(-1, 0))
     rank = sum(_rank(b) for b in beliefs.values())
     rounds = run.ranks[1] + 1 if rank == run.ranks[0] else 0
-    if rounds > problem.patience + 1:
+    if rounds <= problem.patience + 1:
+        return run._replace(ranks=(rank, rounds))
+    if run.proximal or not is_determined(problem, charts.points):
         raise NumericalError(uninformed(problem, beliefs))
-    return run._replace(ranks=(rank, rounds))
+    # Every row waits for news of all its variables but one; a whisper from each of them breaks the circle.
+    return run._replace(proximal=WHISPER, ranks=(-1, 0), since=0)
 
 
 def _rank(belief: Gaussian) -> int:
@@ -224,46 +220,9 @@ def trouble(problem: Problem, state: State, change: float) -> str:
     return ""
 
 
-def cures(problem: Problem) -> list[Cure]:
-    """What to try, in order."""
-    plan, options = problem.plan, problem.options
-    if not options.cure:
-        return []
-    if plan.is_linear:
-        half, summable = max(plan.damping, 0.5), max(_spread(problem) - 1, 0.05)
-        return [Cure(half, g * summable, plan.relinearise) for g in (0.0, 1.0, 3.0, 10.0)]
-    held = options.proximal or 0.0
-    # With a strong enough proximal factor every round is a damped Gauss-Newton step of its own.
-    ladder = [Cure(0.0, max(held, g), 1) for g in (0.5, 2.0, 10.0)]
-    patient = Cure(max(plan.damping, 0.4), held, "jit" if problem.moving else plan.relinearise)
-    is_new = (patient.damping, patient.policy) != (plan.damping, plan.relinearise)
-    return [patient, *ladder] if is_new and problem.edges else ladder
-
-
-def _spread(problem: Problem) -> float:
-    """Spectral radius of |R| for the precision ``I - R`` scaled to unit diagonal.
-
-    Below one the graph is walk-summable. A proximal factor of this radius less one makes it so
-    [Malioutov2006], [Johnson2009].
-    """
-    equations = Equations(problem.groups)
-    if sum(g.rows * sum(s.width for s in g.slots) ** 2 for g in problem.groups.groups) > _LARGE:
-        return 2.0
-    rows = equations.linearise(problem.groups.start({}), problem.groups.params)
-    matrix = abs(equations.matrix(equations.curvature(rows)))
-    root = np.sqrt(matrix.diagonal())
-    vector, radius = np.ones(len(root)), 1.0
-    for _ in range(_POWERS):
-        image = matrix @ (vector / root) / root  # |I| + |R| on the scaled vector
-        radius = float(np.linalg.norm(image) / np.linalg.norm(vector)) - 1
-        vector = image / np.linalg.norm(image)
-    return 1.05 * radius
-
-
 __all__ = [
-    "Cure",
+    "WHISPER",
     "Moments",
-    "cures",
     "element",
     "graduation",
     "judged",

@@ -33,12 +33,13 @@ class GBP:
     Args:
         schedule: order of updates. ``flood``: all factors from the last round's beliefs; ``sweep``: site after site, along
             ordered plates forwards and backwards; ``tree``: from the leaves of a spanning tree to its root and back (exact
-            on trees); ``layers``: sites in program order up and down; ``residual``: the share ``active`` of rows whose
-            messages change most; ``random``: every row with probability ``active``; ``attention``: only ``rows``.
+            on trees; also the choice for small pose graphs, where most variables have no factor of their own); ``layers``: sites
+            in program order up and down; ``residual``: the share ``active`` of rows whose messages change most;
+            ``random``: every row with probability ``active``; ``attention``: only ``rows``.
         active: share of rows updated in a round by ``residual`` and ``random``, in (0, 1].
         rows: masks of the rows that ``attention`` updates, by site, bool ``[*plates]``; other sites rest.
         damping: share of the old message kept, in [0, 1); by default 0, and 0.4 where factors on several variables are
-            nonlinear.
+            nonlinear and the schedule is not ``tree``.
         dropout: probability in [0, 1) that a message keeps its old value in a round.
         relinearise: when nonlinear factors move: ``1``: every round (or every so many), ``"jit"``: each row when its
             variables have moved, ``"outer"``: all, when the linear problem has converged.
@@ -53,8 +54,8 @@ class GBP:
         graduate: start of a robust threshold that shrinks to the true one, as a multiple (graduated non-convexity); by
             default 10 (40 for a truncated loss by slope) for losses that are not convex and 1 for the others.
         graduate_rounds: number of rounds of that.
-        variance: ``"gbp"``: of the messages, too small on loopy graphs; ``"check"``: these, with the measured ratio to exact
-            ones of a sample; ``"exact"``: by a sparse solve; ``"auto"``: the check where it is cheap.
+        variance: ``"gbp"``: of the messages, wrong on loopy graphs, mostly too small; ``"check"``: these, with their measured
+            ratio to exact ones; ``"exact"``: by a sparse solve; ``"auto"``: exact where that takes a second or two.
         start: first values by latent, ``[*plates, *event]``; prior means by default.
         form: of a factor's messages; ``"innovation"`` is safe in float32, ``"schur"`` admits improper cavities.
 

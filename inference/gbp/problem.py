@@ -15,11 +15,12 @@ from ppl.graph import Graph
 from ppl.inference.gbp.layout import Block, Part, layout, make_part, ordered_plates
 from ppl.inference.gbp.options import GBP
 from ppl.inference.gbp.structure import edge_count, is_forest
-from ppl.inference.gbp.wiring import regular_rows
+from ppl.inference.gbp.wiring import present, regular_rows
 from ppl.inference.groups import FactorGroups, Group, Quadratic, Robust
 from ppl.inference.groups.build import build, unsupported
 
 _CONVEX = ("huber",)
+_TREE_MOST = 2000  # elements up to which a round of the tree schedule is worth its time
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +99,7 @@ def plan_of(groups: FactorGroups, edges: Sequence[Group], options: GBP) -> Plan:
         relinearise = "jit" if crossing and not tree else 1
     damping = options.damping
     if damping is None:
-        damping = 0.4 if crossing and not tree else 0.0
+        damping = 0.4 if crossing and not tree and schedule != "tree" else 0.0
     return Plan(
         tree, linear, schedule, damping, relinearise, _graduation(groups, options), tuple(why)
     )
@@ -107,13 +108,35 @@ def plan_of(groups: FactorGroups, edges: Sequence[Group], options: GBP) -> Plan:
 def _schedule(groups: FactorGroups, edges: Sequence[Group], tree: bool) -> str:
     if not edges:
         return "flood"
-    if tree:
+    if tree or (_is_adrift(groups, edges) and any(not g.is_affine for g in edges)):
         return "tree"
     plates = [
         p for p in ordered_plates(groups) if any(p in f.plates for f in groups.families.values())
     ]
     chains = [g for g in edges if g.name.endswith("(later)")]
     return "sweep" if len(plates) == 1 and chains else "flood"
+
+
+def _is_adrift(groups: FactorGroups, edges: Sequence[Group]) -> bool:
+    """Whether most elements have no row of their own, so that all they know comes from afar, as in a pose graph.
+
+    News travel one edge a round with ``flood`` and across the graph with ``tree``, whose round takes longer, the more so the
+    more levels there are. Measured from odometry: 300 poses (least energy 138.4) 180.5 after 1.7 s of ``flood``, 141.8
+    after 3.6 s of ``tree``; 943 poses (22.5) 24.9 after 2.2 s and 23.9 after 4.1 s; 3500 poses (1774.5) 3897 and 4495
+    after 35 s.
+    """
+    if sum(f.count for f in groups.families.values()) > _TREE_MOST:
+        return False
+    placed = {
+        name: torch.zeros(f.count, dtype=torch.bool, device=groups.like.device)
+        for name, f in groups.families.items()
+    }
+    for group in groups.groups:
+        if group not in edges:
+            slot = group.slots[0]
+            placed[slot.family][slot.index[present(group), 0]] = True
+    known = sum(int(p.sum()) for p in placed.values())
+    return known < sum(len(p) for p in placed.values()) / 2
 
 
 def _graduation(groups: FactorGroups, options: GBP) -> float:

@@ -47,7 +47,6 @@ class Moved(NamedTuple):
 
     charts: Charts
     rows: int  # linearised again
-    dropped: int  # of them not finite, left out
     is_moved: bool
 
 
@@ -115,17 +114,17 @@ def moved(
     """Move the charts to the means and linearise the rows that are due there."""
     older = {n: Clock(c.age + 1, c.drift) for n, c in charts.clocks.items()}
     if not due:
-        return Moved(charts._replace(clocks=older), 0, 0, False)
+        return Moved(charts._replace(clocks=older), 0, False)
     carried_over = at_means(problem, charts._replace(clocks=older), means)
-    models, clocks, rows, dropped = dict(carried_over.models), dict(carried_over.clocks), 0, 0
+    models, clocks, rows = dict(carried_over.models), dict(carried_over.clocks), 0
     for group in problem.moving:
         if group.name in due:
             made = linear_model(group, carried_over.points, params)
             mask = due[group.name]
             models[group.name] = _merged(mask, made.model, models[group.name])
             clocks[group.name] = _restarted(mask, clocks[group.name])
-            rows, dropped = rows + int(mask.sum()), dropped + made.dropped
-    return Moved(carried_over._replace(models=models, clocks=clocks), rows, dropped, True)
+            rows += int(mask.sum())
+    return Moved(carried_over._replace(models=models, clocks=clocks), rows, True)
 
 
 def at_means(problem: Problem, charts: Charts, means: Mapping[str, Tensor]) -> Charts:

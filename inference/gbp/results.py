@@ -3,84 +3,26 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ppl.diagnostics import Diagnostics
-from ppl.errors import NumericalError
+from ppl.inference.gbp.cures import cures
 from ppl.inference.gbp.evidence import joint_covariance, log_evidence
-from ppl.inference.gbp.kernel import own_terms, rows_of
-from ppl.inference.gbp.models import Rows, linear_model
-from ppl.inference.gbp.monitor import cures, uninformed
+from ppl.inference.gbp.exactness import checked
+from ppl.inference.gbp.final import Final, finished
 from ppl.inference.gbp.problem import Problem, summary
-from ppl.inference.gbp.relinearise import Charts, at_means
-from ppl.inference.gbp.rounds import Setting, run_round, summed
 from ppl.inference.gbp.state import State
 from ppl.inference.groups import Robust
-from ppl.inference.groups.equations import Equations
-from ppl.inference.numerics.gaussian import Gaussian, inverse
-from ppl.inference.numerics.sparse import Factor, NotPositive
+from ppl.inference.numerics.sparse import NotPositive
 from ppl.marginals import JointGaussian
 from ppl.posterior import Evidence, Joint, Posterior
 from ppl.streams import Streams
 
-_CHEAP = 300_000, 10_000_000  # pairs of elements, entries of the factor: a second or two
 _FEASIBLE = 3_000_000, 150_000_000
 _OUTLIER = 0.1  # robust weight below which a row counts as one
-_PRECISION_ROUNDS = 500  # for precisions without the proximal factor
-
-
-@dataclass(frozen=True, eq=False)
-class Final:
-    """A finished run with its charts at the means, where everything is read off."""
-
-    problem: Problem
-    state: State
-    charts: Charts
-    rows: Mapping[str, Rows]
-    beliefs: Mapping[str, Gaussian]
-
-    @cached_property
-    def equations(self) -> Equations:
-        """The direct solve of the same factors."""
-        return Equations(self.problem.groups)
-
-    @cached_property
-    def factor(self) -> Factor:
-        """Sparse factor of the curvature at the means."""
-        rows = self.equations.linearise(
-            self.charts.points, self.state.params, matching=self.problem.options.matching
-        )
-        found = self.equations.factorise(self.equations.curvature(rows))
-        if not found.is_positive:
-            raise NotPositive(found.undetermined)
-        return found
-
-    def is_within(self, limits: tuple[int, int]) -> bool:
-        """Whether the factor has at most so many pairs of elements and entries."""
-        edges = sum(g.rows * sum(s.width for s in g.slots) ** 2 for g in self.problem.groups.groups)
-        if edges > 4 * limits[0]:  # not even an order of elimination is looked for
-            return False
-        at = self.equations
-        return len(at.pairs.first) <= limits[0] and at.ordering.fill <= limits[1]
-
-    @cached_property
-    def covariances(self) -> dict[str, Tensor]:
-        """Of the beliefs ``[N, d, d]``."""
-        found = {n: inverse(b.lam) for n, b in self.beliefs.items()}
-        if not all(bool(f.proper.all()) for f in found.values()):
-            raise NumericalError(uninformed(self.problem, self.beliefs))
-        return {n: f.matrix for n, f in found.items()}
-
-    @cached_property
-    def exact(self) -> dict[str, Tensor]:
-        """Exact covariances of the linearised model ``[N, d, d]``."""
-        return {n: self.equations.covariance(self.factor, n) for n in self.problem.groups.families}
 
 
 def posterior(problem: Problem, state: State) -> Posterior:
@@ -92,7 +34,7 @@ def posterior(problem: Problem, state: State) -> Posterior:
     with torch.no_grad():
         final = finished(problem, state)
         notes, alarms = _notes(final), _alarms(final)
-        is_exact = _checked(final, notes)
+        is_exact = checked(final, notes, alarms)
         covariances = final.exact if is_exact else final.covariances
         evidence = _evidence(final)
     return Posterior(
@@ -110,89 +52,12 @@ def posterior(problem: Problem, state: State) -> Posterior:
     )
 
 
-def finished(problem: Problem, state: State) -> Final:
-    """Charts at the means: of the last state, or of the one of lowest energy if the run did not converge."""
-    charts, means = state.charts, state.means
-    if not state.run.converged and not state.run.energy <= state.best.energy:
-        charts, means = state.best.charts, state.best.means
-    charts = at_means(problem, charts, means)
-    models = dict(charts.models)
-    for group in problem.moving:
-        models[group.name] = linear_model(group, charts.points, state.params).model
-    charts = charts._replace(models=models)
-    zero = {n: torch.zeros_like(m) for n, m in means.items()}
-    rows = rows_of(problem, charts, zero, state.params, problem.options.graduate_rounds)
-    prior = own_terms(problem, rows, zero, 0.0)
-    if state.run.proximal:
-        charts = charts._replace(messages=_unheld(problem, charts, rows, prior))
-    return Final(problem, state, charts, rows, summed(problem, prior, charts.messages))
-
-
-def _unheld(
-    problem: Problem, charts: Charts, rows: Mapping[str, Rows], prior: Mapping[str, Gaussian]
-) -> dict[str, tuple[Gaussian, ...]]:
-    """Messages without the proximal factor: precisions converge whatever the means do [Du2018]."""
-    messages = dict(charts.messages)
-    setting = Setting({g.name: 0.0 for g in problem.edges}, torch.Generator().manual_seed(0))
-    beliefs = summed(problem, prior, messages)
-    for _ in range(_PRECISION_ROUNDS):
-        before = beliefs
-        made = run_round(problem, prior, messages, beliefs, rows, setting)
-        messages, beliefs = made.messages, made.beliefs
-        moves = [
-            (beliefs[n].lam - b.lam).abs().amax() / b.lam.abs().amax() for n, b in before.items()
-        ]
-        if max(map(float, moves)) < 1e-10:
-            break
-    return messages
-
-
 def _marginal(final: Final, name: str, covariance: Tensor) -> JointGaussian:
     groups = final.problem.groups
     family = groups.families[name]
     kind = None if family.manifold is None else family.manifold.name
     loc = groups.shaped(name, final.charts.points[name])
     return JointGaussian(loc, groups.shaped(name, covariance), kind)
-
-
-# ---- variances -------------------------------------------------------------------------------------------------
-
-
-def _checked(final: Final, notes: dict[str, Any]) -> bool:
-    """Compare the beliefs' variances with exact ones where that is wanted or cheap; whether to report the latter."""
-    problem, wanted = final.problem, final.problem.options.variance
-    if problem.plan.is_tree and final.state.run.converged:
-        notes["variances"] = "exact for the linearised factors: the graph is a tree"
-        return False
-    if wanted == "gbp" or (wanted == "auto" and not final.is_within(_CHEAP)):
-        notes["variances"] = (
-            "of the messages: too small on a graph with loops; variance='check' measures by how much, "
-            "variance='exact' solves for them"
-        )
-        return False
-    try:
-        notes["variances"] = _ratios(final)
-    except NotPositive as error:
-        raise NumericalError(_free(final, error)) from None
-    return wanted == "exact"
-
-
-def _free(final: Final, error: NotPositive) -> str:
-    return (
-        f"{final.equations.at.label(int(error.columns[0]))} has no absolute information: the factors leave a direction free "
-        "on which its law is flat. Give it a proper law, or observe one element (an anchor)."
-    )
-
-
-def _ratios(final: Final) -> str:
-    loopy = torch.cat([c.diagonal(dim1=-2, dim2=-1).flatten() for c in final.covariances.values()])
-    exact = torch.cat([c.diagonal(dim1=-2, dim2=-1).flatten() for c in final.exact.values()])
-    ratio = loopy / exact
-    said = "exact" if final.problem.options.variance == "exact" else "of the messages, not exact"
-    return (
-        f"{said}; ratio of the messages' variances to exact ones: min {float(ratio.min()):.3g}, "
-        f"median {float(ratio.median()):.3g}, max {float(ratio.max()):.3g}"
-    )
 
 
 def joint(final: Final, site: str, is_exact: bool) -> Joint:
@@ -325,8 +190,8 @@ def _alarms(final: Final) -> list[str]:
             f"the messages do not converge ({run.failed}{tried}); this is the state of lowest energy. Try damping=, "
             "proximal=, a start near the solution, or method='laplace'"
         )
-    if run.dropped:
-        found.append(f"{run.dropped} rows of factors are not finite and were left out")
+    if final.dropped:
+        found.append(f"{final.dropped} rows of factors are not finite and were left out")
     if run.tally.bad:
         found.append(
             f"{run.tally.bad} rows kept old messages in the last round: the new ones were not finite"
@@ -334,4 +199,4 @@ def _alarms(final: Final) -> list[str]:
     return found
 
 
-__all__ = ["Final", "draws", "finished", "joint", "posterior"]
+__all__ = ["draws", "joint", "posterior"]

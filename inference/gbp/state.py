@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ppl.inference.gbp.candidates import Tally
 from ppl.inference.gbp.relinearise import Charts
-from ppl.inference.gbp.rounds import Tally
 from ppl.inference.numerics.gaussian import Gaussian
 
 
@@ -34,7 +34,7 @@ class Run(NamedTuple):
     )  # known directions of beliefs that are improper; rounds without a new one
     moved: int = 0  # rows linearised in the last round
     moved_in_all: int = 0
-    dropped: int = 0  # rows that are not finite and count as absent
+    dropped: int = 0  # affine rows that are not finite and count as absent
     tally: Tally = Tally()
 
 

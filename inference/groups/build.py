@@ -104,9 +104,11 @@ def _density(bound: Bound, factor: Factor) -> Tensor:
     compiler = Compiler(
         graph, axes, tuple(graph.plates), dtype=bound.dtype, device=bound.device, masks=masks
     )
-    made = [compiler.align(compiler.density(factor), compiler.sorted_axes(factor.plates))]
+    made = [compiler.density(factor)]
     if factor.chain is not None:
-        made = [compiler.density(factor), compiler.transition(factor)]
+        made.append(compiler.transition(factor))
+    else:
+        made = [compiler.align(made[0], compiler.sorted_axes(factor.plates))]
     arrays: dict[str, Tensor] = dict(bound.values)
     arrays |= {map_name(*key): m for key, m in bound.maps.items()}
     arrays |= {name + "@mask": mask for name, mask in bound.masks.items()}
@@ -165,25 +167,11 @@ def _gaussian(bound: Bound, part: Part, peeled: Peeled, walk: Walk) -> dict[str,
     family = peeled.gaussian
     assert family is not None
     value, loc, spread, *threshold = _visited(walk, part.factor.value, peeled)
-    name, spread_rank = spread_of(family)
-    batch_rank = walk.rank(value) - family.event_dim
-    rank = walk.rank(value)
-    ends = walk.compile([value, loc], [rank, rank])
-    scaling = walk.compile([spread], [batch_rank + spread_rank])
     event = walk.event(value)
-    batch = event[:batch_rank]
+    batch = event[: walk.rank(value) - family.event_dim]
     keep, partly = entries(bound, part, walk, peeled.keeps, family.event_dim, batch)
-    scale = walk.param_of(spread) if isinstance(family, Normal) else ""
-    residual = Residual(
-        family, ends, scaling, name, partly, part.rows, block=draw_dims(family, event), scale=scale
-    )
-    if isinstance(family, ConcentratedNormal) and not batch:
-        ways = [motion_of(walk, end, family.manifold) for end in (loc, value)]
-        if None not in ways:
-            residual = replace(residual, motion=Motion("between", tuple(ways)))  # type: ignore[arg-type]
-    if not scaling.reads:
-        residual = replace(residual, fixed=residual.whitener({}))
-    params = dict.fromkeys((*ends.params, *scaling.params))
+    residual = _residual(family, walk, (value, loc, spread), partly, part.rows)
+    params = dict.fromkeys((*residual.ends.params, *residual.spread.params))
     loss: losses.Loss = losses.Quadratic()
     if isinstance(peeled.family, Robust):
         loss, more = _robust(peeled.family, threshold[0], walk, batch, part)
@@ -197,6 +185,26 @@ def _gaussian(bound: Bound, part: Part, peeled: Peeled, walk: Walk) -> dict[str,
         "keep": per_residual(keep, family, event),
         "params": tuple(params),
     }
+
+
+def _residual(
+    family: Any, walk: Walk, items: tuple[Any, Any, Any], partly: Tensor | None, rows: int
+) -> Residual:
+    """The whitened residual of rewritten value, loc and spread."""
+    value, loc, spread = items
+    name, spread_rank = spread_of(family)
+    rank = walk.rank(value)
+    batch_rank = rank - family.event_dim
+    ends = walk.compile([value, loc], [rank, rank])
+    scaling = walk.compile([spread], [batch_rank + spread_rank])
+    scale = walk.param_of(spread) if isinstance(family, Normal) else ""
+    block = draw_dims(family, walk.event(value))
+    made = Residual(family, ends, scaling, name, partly, rows, block=block, scale=scale)
+    if isinstance(family, ConcentratedNormal) and not batch_rank:
+        ways = [motion_of(walk, end, family.manifold) for end in (loc, value)]
+        if None not in ways:
+            made = replace(made, motion=Motion("between", tuple(ways)))  # type: ignore[arg-type]
+    return made if scaling.reads else replace(made, fixed=made.whitener({}))
 
 
 def _visited(walk: Walk, value: Any, peeled: Peeled) -> list[Any]:

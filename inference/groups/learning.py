@@ -239,21 +239,26 @@ def _maximised(
                 f"param '{names[0]}': the expected log-density of {', '.join(e.group.name for e in expected)} is not "
                 "finite at its present value. Start it at another value, param(name, init)."
             )
-        optimiser = torch.optim.LBFGS(
-            free, max_iter=_STEPS, line_search_fn="strong_wolfe", tolerance_grad=1e-10
-        )
-
-        def closure() -> Tensor:
-            optimiser.zero_grad()
-            value = loss()
-            value.backward()
-            return value
-
-        optimiser.step(closure)  # type: ignore[arg-type]
+        _descend(free, loss)
         after = float(loss().detach())
     if not after <= before:  # NaN included
         return {n: params[n] for n in names}
     return {n: x.detach() for n, x in values().items()}
+
+
+def _descend(free: Sequence[Tensor], loss: Callable[[], Tensor]) -> None:
+    """A few quasi-Newton steps, in place."""
+    optimiser = torch.optim.LBFGS(
+        free, max_iter=_STEPS, line_search_fn="strong_wolfe", tolerance_grad=1e-10
+    )
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    optimiser.step(closure)  # type: ignore[arg-type]
 
 
 def _support(groups: FactorGroups, name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 from torch.distributions import constraints
@@ -101,18 +102,9 @@ def _kind(support: Any) -> str:
 def _factor(graph: Graph, factor: Factor) -> list[Reason]:
     names = {v.name for v in graph.latents}
     read = variables_of(graph, factor)
-    reasons = []
     if not read & names:
-        learned = sorted(v.name for v in graph.role("param") if v.name in read)
-        if learned:
-            reasons.append(
-                Reason(
-                    factor.name,
-                    f"depends on the param '{learned[0]}' but on no latent.",
-                    "Give the param a prior and make it a latent.",
-                )
-            )
-        return reasons
+        return _learned_alone(graph, factor, read)
+    reasons = []
     laws = [law for law in (factor.law, factor.chain[1] if factor.chain else None) if law]
     for law in laws:
         kind = _edged(graph, law, names)
@@ -127,6 +119,15 @@ def _factor(graph: Graph, factor: Factor) -> list[Reason]:
         if reason := _unnormalised(graph, factor, law):
             reasons.append(reason)
     return reasons + _indices(graph, factor, names)
+
+
+def _learned_alone(graph: Graph, factor: Factor, read: Set[str]) -> list[Reason]:
+    """A param of a factor without latents: no row of any group reads it."""
+    learned = sorted(v.name for v in graph.role("param") if v.name in read)
+    if not learned:
+        return []
+    problem = f"depends on the param '{learned[0]}' but on no latent."
+    return [Reason(factor.name, problem, "Give the param a prior and make it a latent.")]
 
 
 def _unnormalised(graph: Graph, factor: Factor, law: Any) -> Reason | None:

@@ -19,6 +19,7 @@ from ppl.errors import ModelError, UnsupportedError, nearest
 from ppl.graph import Graph, Variable
 from ppl.inference.numerics.expfam import FAMILIES
 from ppl.inference.qem.options import QEM
+from ppl.manifolds import manifold_of
 from ppl.passes import upstream
 
 RESTART = "restart"
@@ -206,9 +207,11 @@ def _transform(v: Variable) -> Transform | None:
     try:
         return biject_to(v.support)
     except NotImplementedError:
+        remedy = f"Give it a proposal family: QEM(q={{'{v.name}': ...}})."
+        if manifold_of(v) is not None:
+            remedy = "Use method='laplace' or 'gbp'."
         raise UnsupportedError(
-            f"'{v.name}': there is no map from the real line to the support {v.support}. Give it a proposal family: "
-            f"QEM(q={{'{v.name}': ...}})."
+            f"'{v.name}': there is no map from the real line to the support {v.support}. {remedy}"
         ) from None
 
 

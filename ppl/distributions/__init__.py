@@ -35,7 +35,7 @@ from ppl.distributions.library import (
     Wishart,
 )
 from ppl.distributions.mixtures import Mixture, MixtureSameFamily, SpikeSlab, ZeroInflated
-from ppl.distributions.multivariate import Dirichlet, MultivariateNormal
+from ppl.distributions.multivariate import Dirichlet, MultivariateLaplace, MultivariateNormal
 from ppl.distributions.positive import (
     Beta,
     Exponential,
@@ -55,7 +55,7 @@ _FAMILIES: tuple[type[Distribution], ...] = (
     ContinuousBernoulli, Delta, Dirichlet, Exponential, FisherSnedecor, Flat, Gamma, GeneralizedPareto, Geometric, Gumbel,
     HalfCauchy, HalfFlat, HalfNormal, Independent, InverseGamma, Kumaraswamy, LKJCholesky,
     Laplace, LogNormal, Logistic, LogisticNormal, LowRankMultivariateNormal, Markov, Mixture,
-    MixtureSameFamily, Multinomial, MultivariateNormal, NegativeBinomial, Normal,
+    MixtureSameFamily, Multinomial, MultivariateLaplace, MultivariateNormal, NegativeBinomial, Normal,
     OneHotCategorical, OneHotCategoricalStraightThrough, Pareto, Poisson, RelaxedBernoulli,
     RelaxedOneHotCategorical, SpikeSlab, StudentT, TransformedDistribution, Truncated, Uniform,
     VonMises, Weibull, Wishart, ZeroInflated,
@@ -71,7 +71,7 @@ __all__ = [
     "HalfFlat", "HalfNormal", "Independent", "InverseGamma", "Kumaraswamy", "LKJCholesky",
     "Laplace", "Leaf", "Library", "LogNormal", "Logistic", "LogisticNormal",
     "LowRankMultivariateNormal", "Markov", "Masked", "Mixture", "MixtureSameFamily",
-    "Multinomial", "MultivariateNormal", "NegativeBinomial", "Normal", "OneHotCategorical",
+    "Multinomial", "MultivariateLaplace", "MultivariateNormal", "NegativeBinomial", "Normal", "OneHotCategorical",
     "OneHotCategoricalStraightThrough", "Pareto", "Poisson", "RelaxedBernoulli",
     "RelaxedOneHotCategorical", "Robust", "SpikeSlab", "StudentT", "TransformedDistribution",
     "Truncated", "Uniform", "VonMises", "Weibull", "Wishart", "ZeroInflated", "as_distribution",

@@ -14,9 +14,11 @@ from scipy import stats
 
 import ppl
 from ppl import (
+    SO2,
     Bernoulli,
     Beta,
     Categorical,
+    ConcentratedNormal,
     Exponential,
     Flat,
     Gamma,
@@ -80,6 +82,32 @@ def test_missing_entries_drop_out():
     holes = exact(normal_mean, {"y": [0.3, math.nan, -0.4]})
     close(holes.log_evidence.value, full.log_evidence.value, 1e-12)
     close(holes.mean("mu"), full.mean("mu"), 1e-12)
+
+
+@pytest.mark.parametrize("form", ["covariance_matrix", "precision_matrix", "scale_tril"])
+def test_vectors_that_are_there_in_part_have_their_marginal_law(form):
+    cov = torch.tensor([[2.0, 0.9], [0.9, 1.0]], dtype=torch.float64)
+    forms = {
+        "covariance_matrix": cov,
+        "precision_matrix": torch.linalg.inv(cov),
+        "scale_tril": torch.linalg.cholesky(cov),
+    }
+
+    @model
+    def pairs():
+        mu = latent("mu", Normal(0.0, 2.0))
+        with plate("item"):
+            observe("y", MultivariateNormal(mu * torch.ones(2), **{form: forms[form]}))
+
+    posterior = exact(pairs, {"y": [[0.3, math.nan], [1.0, -0.5], [math.nan, math.nan]]})
+    noise = np.zeros((3, 3))
+    noise[0, 0], noise[1:, 1:] = 2.0, cov.numpy()
+    y = np.array([0.3, 1.0, -0.5])
+    joint = stats.multivariate_normal(np.zeros(3), noise + 4.0)
+    gain = 4.0 * np.ones(3) @ np.linalg.inv(noise + 4.0)
+    close(posterior.log_evidence.value, joint.logpdf(y), 1e-12)
+    close(posterior.mean("mu"), gain @ y, 1e-12)
+    close(posterior.sd("mu"), (4.0 - 4.0 * gain.sum()) ** 0.5, 1e-12)
 
 
 @model
@@ -591,3 +619,13 @@ def test_explain_says_how_each_latent_is_integrated():
     row = next(r for r in explain(eight_schools, data).rows if r.method == "exact")
     assert row.usable and "joint Gaussian of 3 scalars over mu, theta" in row.note
     assert "quadrature in 1 dimensions over tau" in row.note
+
+
+@pytest.mark.parametrize("method", ["exact", "qem"])
+def test_a_latent_on_a_manifold_is_sent_to_the_methods_that_take_it(method):
+    @model
+    def heading():
+        latent("x", ConcentratedNormal(SO2, 0.0, 1.0))
+
+    with pytest.raises(UnsupportedError, match="elements of SO2.*method='laplace' or 'gbp'"):
+        infer(heading, method=method, seed=0)

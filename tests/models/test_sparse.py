@@ -9,12 +9,14 @@ import pytest
 import torch
 from scipy import stats
 
-from ppl import infer
+from ppl import ModelError, infer
 from ppl.models import (
     chain_sparse,
     group_sparse,
+    local_level,
     nonnegative_sparse,
     one_bit,
+    pose_graph_2d,
     sensed_image,
     sparse_binary,
     sparse_counts,
@@ -157,3 +159,14 @@ def test_matrices_are_of_their_kind():
     assert np.corrcoef(columns)[0, 1] == pytest.approx(0.8, abs=0.02)
     offset = sensing_matrix(300, 300, "offset", strength=2)
     assert offset.mean() / offset.std() == pytest.approx(2, abs=0.05)
+
+
+def test_words_that_no_model_knows_are_refused():
+    with pytest.raises(ModelError, match="link: expected one of probit, logit, got 'logistic'"):
+        simulated(sparse_binary(link="logistic"), TALL)
+    with pytest.raises(ModelError, match="kind: .* Did you mean 'correlated'"):
+        sensing_matrix(3, 4, "corelated")
+    with pytest.raises(ModelError, match="scales: expected one of given, learned, latent"):
+        local_level(scales="learn").graph({})
+    with pytest.raises(ModelError, match="noise: expected one of info, sd"):
+        pose_graph_2d(noise="scale").graph({})

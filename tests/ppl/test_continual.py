@@ -287,3 +287,35 @@ def test_what_is_no_fit_of_this_model_is_refused():
     flat = made(bound, {"mu": mg.Gaussian(torch.zeros((), dtype=F64), torch.tensor(math.inf))})
     with pytest.raises(NumericalError, match="zero or not finite"):
         with_prior(bound, flat)
+
+
+@pytest.mark.parametrize(("old", "new"), [([0, 1], ["a", "b"]), (["a", "b"], [0, 1])])
+def test_elements_named_in_one_fit_and_counted_in_the_other_are_refused(old, new):
+    @model
+    def named():
+        group = plate("group")
+        with group:
+            x = latent("x", Normal(0.0, 1.0))
+        with plate("row"):
+            observe("y", Normal(x[given("at", index=group)], 1.0))
+
+    before = exact(named, {"at": old, "y": [1.0, 2.0]})
+    with pytest.raises(DataError, match="plate 'group', over which 'x' varies.*same labels"):
+        exact(named, {"at": new, "y": [1.0, 2.0]}, prior=before)
+
+
+@pytest.mark.parametrize("was_grouped", [True, False])
+def test_a_param_of_another_shape_is_refused(was_grouped):
+    @model
+    def shifted(grouped):
+        group = plate("group")
+        base = None if grouped else param("base", 0.0)
+        with group:
+            base = param("base", 0.0) if grouped else base
+            observe("y", Normal(latent("x", Normal(base, 1.0)), 1.0))
+
+    y = torch.zeros(3)
+    before = made(shifted(was_grouped).bind({"y": y}), {})
+    before.params["base"] = torch.zeros(3 if was_grouped else (), dtype=F64)
+    with pytest.raises(DataError, match="'base' was fitted with plates.*same model for both"):
+        with_prior(shifted(not was_grouped).bind({"y": y}), before)

@@ -150,14 +150,16 @@ def test_r_hat_is_that_of_arviz(az):
     np.testing.assert_allclose(r_hat(draws), expected, rtol=1e-10)
 
 
-def diagnostics(ess: float = 50.0, k: float = 0.1, converged: bool = True) -> Diagnostics:
+def diagnostics(
+    ess: float = 50.0, k: float = 0.1, converged: bool = True, warnings: tuple[str, ...] = ()
+) -> Diagnostics:
     return Diagnostics(
         ess={"level": torch.tensor([60.0, ess])},
         pareto_k={"level": torch.tensor([torch.nan, k])},
         converged=converged,
         iterations=40,
         seconds=0.25,
-        warnings=("3 values of 'y' are missing",),
+        warnings=warnings,
         notes={"schedule": "power"},
     )
 
@@ -175,6 +177,7 @@ def diagnostics(ess: float = 50.0, k: float = 0.1, converged: bool = True) -> Di
         ({"ess": math.nan}, "unreliable", "nan"),
         ({"converged": False}, "check", "not converged after 40 iterations"),
         ({"converged": False, "k": 0.9}, "unreliable", "not converged"),
+        ({"warnings": ("3 rows are left out",)}, "check", "3 rows are left out"),
     ],
     ids=str,
 )
@@ -195,7 +198,7 @@ def test_a_backend_without_particles_is_judged_by_convergence_alone():
 
 
 def test_diagnostics_print_themselves():
-    text = str(diagnostics(k=0.6))
+    text = str(diagnostics(k=0.6, warnings=("3 values of 'y' are missing",)))
     for part in (
         "check:",
         "40 iterations in 0.2 s, converged",

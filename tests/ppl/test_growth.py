@@ -277,3 +277,9 @@ def test_a_flat_latent_may_grow(fake):
     fake()
     fitted = ppl.infer(free, {"y": [0.0, 1.0]}, method="fake", seed=0)
     assert fitted.extend({"y": [2.0]}).mean("x").shape == (3,)
+
+
+def test_a_plate_to_grow_along_that_the_model_lacks_is_refused():
+    bound = walk.bind({"y": torch.zeros(3, 2)})
+    with pytest.raises(DataError, match="along='tim' is no plate.*'time'.*Plates: time, sensor"):
+        grown(walk, bound, {"y": torch.zeros(1, 2)}, along="tim")

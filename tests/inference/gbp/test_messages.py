@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
+from ppl.inference.gbp import messages
 from ppl.inference.gbp.cavities import cavity, damped
 from ppl.inference.gbp.messages import (
     factor_messages,
     leave_one_out,
     scalar_innovation,
-    schur,
 )
+from ppl.inference.gbp.schur import schur
 from ppl.inference.numerics.gaussian import Gaussian, marginal
 
 
@@ -135,3 +138,19 @@ def test_floored_cavity_keeps_the_mean_of_the_belief():
     assert floored == 1
     assert made.lam.flatten().tolist() == [0.0, pytest.approx(2e-3)]
     assert float(made.eta[1] / made.lam[1, 0]) == pytest.approx(3.0)
+
+
+def test_equal_slots_as_one_slot_are_the_same_messages(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    draw = functools.partial(torch.randn, generator=g, dtype=torch.float64)
+    jacobian, residual = [draw(7, 1, 3, 3) for _ in range(2)], draw(7, 3)
+    roots = [draw(7, 1, 3, 3) for _ in range(2)]
+    cavities = [Gaussian(draw(7, 1, 3), a @ a.mT + 0.1 * torch.eye(3)) for a in roots]
+    cavities[1].eta[2], cavities[1].lam[2] = 0.0, 0.0  # knows nothing
+    few = messages.factor_messages(jacobian, residual, cavities)
+    monkeypatch.setattr(messages, "_FEW", 0)
+    many = messages.factor_messages(jacobian, residual, cavities)
+    assert few.improper == many.improper == 1
+    for a, b in zip(few.messages, many.messages, strict=True):
+        torch.testing.assert_close(a.eta, b.eta, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(a.lam, b.lam, rtol=1e-12, atol=1e-12)
