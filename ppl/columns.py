@@ -185,9 +185,9 @@ def _from_scipy(name: str, matrix: Any) -> Tensor:
         )
     rows = matrix.tocsr()
     rows.sum_duplicates()
-    parts = (rows.indptr.astype(np.int64), rows.indices.astype(np.int64), rows.data)
+    starts, places = (torch.from_numpy(x.astype(np.int64)) for x in (rows.indptr, rows.indices))
     with quiet():
-        return torch.sparse_csr_tensor(*map(torch.from_numpy, parts), size=rows.shape)
+        return torch.sparse_csr_tensor(starts, places, torch.from_numpy(rows.data), rows.shape)
 
 
 def _csr(name: str, matrix: Tensor) -> Tensor:

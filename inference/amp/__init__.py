@@ -8,6 +8,7 @@ from ppl.inference.amp.results import AMPPosterior, posterior
 from ppl.inference.amp.sweep import init, step
 
 Options = AMP
+takes_sparse = True
 
 __all__ = [
     "AMP",
@@ -21,4 +22,5 @@ __all__ = [
     "state_evolution",
     "step",
     "supports",
+    "takes_sparse",
 ]

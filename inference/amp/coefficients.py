@@ -3,7 +3,7 @@
 A block builds its prior from the params of the run (every tensor ``[R, ...]``, ``R`` restarts), and, where gates
 stand above it, says how much each joint value of them explains of every element.
 
-Source: amp.md 2 and (15).
+Source: [Schniter2010] for the exchange with gates.
 """
 
 from __future__ import annotations
@@ -72,16 +72,29 @@ class Block:
 
     def leaves(self, params: Params) -> dict[str, Tensor]:
         """Parameters of the law ``[R | 1, B | 1, n | 1, *rest]``; under gates ``[..., V | 1]`` more."""
+        return self._leaves(params) if self.lowered.inputs else self._settled_leaves
+
+    @cached_property
+    def _settled_leaves(self) -> dict[str, Tensor]:
+        """Those of a law that reads no param."""
+        return self._leaves({})
+
+    def _leaves(self, params: Params) -> dict[str, Tensor]:
         values = self.lowered({k: params[k] for k in self.lowered.inputs})
         gates = len(self.elements.parents) if self.elements else 0
         found = {}
         for leaf, value in zip(self.parts, values, strict=True):
-            rank = 1 + len(self.frame.plates) + gates + len(self.frame.event) + leaf.event_dim
+            # A number of a vector-valued law stands for all entries of its vector.
+            shared = max(self.family.event_dim - leaf.event_dim, 0)
+            own = len(self.frame.event) - self.family.event_dim + leaf.event_dim
+            rank = 1 + len(self.frame.plates) + gates + own
             value = value[(None,) * (rank - value.ndim)]
+            value = value.reshape(*value.shape, *(1,) * shared)
             first = 1 + len(self.frame.plates)
             at = list(range(first, first + gates))
             value = value.movedim(at, list(range(rank - gates, rank)))
-            flat = self.frame.flat(value, leaf.event_dim + gates)
+            trailing = leaf.event_dim if not self.family.event_dim else 0
+            flat = self.frame.flat(value, trailing + gates)
             found[leaf.path] = self._joined(flat, gates)
         return found
 
@@ -97,14 +110,30 @@ class Block:
 
     def base(self, params: Params) -> Rule:
         """The rule without gates; of a gated spike and slab, the rule that waits for its activity."""
-        leaves = self.leaves(params)
         if not self.is_gated:
-            return laws.prior(self.family, leaves)
+            return self._plain(self.leaves(params)) if self.lowered.inputs else self._settled
+        leaves = self.leaves(params)
         single = {k: v[..., 0] for k, v in leaves.items()}
         if self.mixed.gate:
             mean, scale = single["loc"], single["scale"]
             return BernoulliGaussian(torch.zeros_like(mean), mean, scale.square())
         return laws.prior(self.family, single | {"probs": torch.full_like(single["probs"], 0.5)})
+
+    def _plain(self, leaves: Mapping[str, Tensor]) -> Rule:
+        if laws.is_lasting(self.family):
+            known = self._translation
+            return known.rule(leaves) if known else laws.quadrature(self.family, leaves)
+        return laws.prior(self.family, leaves)
+
+    @cached_property
+    def _settled(self) -> Rule:
+        """The rule of a law without params or gates."""
+        return self._plain(self._settled_leaves)
+
+    @cached_property
+    def _translation(self) -> laws.Translation | None:
+        """How the law is a closed rule, whatever the values of its parameters."""
+        return laws.translation(self.family, dict.fromkeys(x.path for x in self.parts))
 
     @property
     def has_activity(self) -> bool:
@@ -176,7 +205,7 @@ def make_block(bound: Bound, linear: Linear, mixed: Mixed, elements: Elements | 
     axes |= {g: (f"k:{g}",) for g in (elements.parents if elements else ())}
     order = (LEAD, *graph.plates, *particles)
     c = Compiler(graph, axes, order, dtype=bound.dtype, device=bound.device)
-    event = len(v.event_shape)
+    event = len(v.event_shape) - law.family.event_dim
     outputs = []
     for leaf, argument in zip(law.family.leaves(), law.arguments, strict=True):
         operand = c.operand(argument)

@@ -16,6 +16,7 @@ from ppl.inference.amp.rules.piecewise import Exponential, HalfNormal
 from ppl.inference.amp.rules.priors import Gaussian, Sparse, TwoPoint
 from ppl.inference.amp.rules.record import Rule, bounded
 from ppl.inference.amp.structure import Gated
+from ppl.inference.amp.vectors import MultivariateLaplace
 
 _PLACES = 257
 _REACH = 9.0  # posterior standard deviations
@@ -42,6 +43,8 @@ def drawn(rule: Rule, r: Tensor, vr: Tensor, n: int, generator: Generator) -> Te
         return _normal(found.mean, found.variance, n, generator)
     if isinstance(rule, (GaussianMixture, Discrete)):
         return _components(*rule.posterior(r, vr), n, generator)
+    if isinstance(rule, MultivariateLaplace):
+        return rule.drawn(r, vr, n, generator)
     if isinstance(rule, Gated):
         return _gated(rule, r, vr, n, generator)
     return _by_grid(rule, r, vr, n, generator)
@@ -82,6 +85,22 @@ def _components(
 
 def _by_grid(rule: Rule, r: Tensor, vr: Tensor, n: int, generator: Generator) -> Tensor:
     """Invert the distribution function, linear between places."""
+    level, places = _distribution(rule, r, vr)
+    u = torch.rand((*r.shape, n), generator=generator, dtype=r.dtype).to(r.device)
+    return _interpolated(level, places, u).movedim(-1, 0)
+
+
+def stretches(rule: Rule, r: Tensor, vr: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Edges ``[count + 1, *batch, k]`` and probabilities ``[count]`` of stretches, shorter in the tails."""
+    level, places = _distribution(rule, r, vr.expand_as(r))
+    u = torch.special.ndtr(torch.linspace(-4.0, 4.0, count + 1, dtype=r.dtype, device=r.device))
+    u[0], u[-1] = 0.0, 1.0
+    edges = _interpolated(level, places, u.expand(*r.shape, -1).contiguous()).movedim(-1, 0)
+    return edges, u.diff()
+
+
+def _distribution(rule: Rule, r: Tensor, vr: Tensor) -> tuple[Tensor, Tensor]:
+    """The distribution function on a grid of places, both ``[*batch, k, G]``."""
     found = rule.moments(r, vr)
     scale = found.variance.clamp(min=0.0).sqrt().expand_as(r)
     steps = torch.linspace(-_REACH, _REACH, _PLACES, dtype=r.dtype, device=r.device)
@@ -94,8 +113,7 @@ def _by_grid(rule: Rule, r: Tensor, vr: Tensor, n: int, generator: Generator) ->
     mass = 0.5 * (density[1:] + density[:-1]) * places.diff(dim=0)
     level = mass.cumsum(0) / mass.sum(0)
     level = torch.cat([torch.zeros_like(level[:1]), level]).movedim(0, -1).contiguous()
-    u = torch.rand((*r.shape, n), generator=generator, dtype=r.dtype).to(r.device)
-    return _interpolated(level, places.movedim(0, -1).contiguous(), u).movedim(-1, 0)
+    return level, places.movedim(0, -1).contiguous()
 
 
 def _interpolated(level: Tensor, places: Tensor, u: Tensor) -> Tensor:

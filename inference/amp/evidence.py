@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ppl.inference.amp.operators import Operator
@@ -45,16 +46,17 @@ def gamp_free_energy(
     Returns:
         ``J [*batch]``.
 
-    Source: amp.md (10); [Krzakala2014] section III.
+    Source: [Krzakala2014] section III.
 
     >>> one, zero = torch.ones(1), torch.zeros(1)
     >>> standard = Moments(zero, one / 2, torch.full((1,), -0.5 * math.log(4 * math.pi)))  # N(0, 1) at N(0, 1)
     >>> gamp_free_energy(zero, one, standard, zero, one, standard).round(decimals=3)
     tensor(1.3620)
     """
-    outputs = z.log_z + (z.mean - p).square() / (2.0 * vp)
-    spread = (x.mean - r).square() + x.variance
-    inputs = x.log_z + 0.5 * (_LOG_2PI + vr.log()) + spread / (2.0 * vr)
+    outputs = torch.addcdiv(z.log_z, (z.mean - p).square(), vp, value=0.5)
+    shift = x.mean - r
+    spread = torch.addcmul(x.variance, shift, shift)
+    inputs = torch.addcdiv(x.log_z + 0.5 * (_LOG_2PI + vr.log()), spread, vr, value=0.5)
     return -outputs.sum(-1) - inputs.sum(-1)
 
 

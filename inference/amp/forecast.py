@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ppl.errors import DataError, ModelError, UnsupportedError
+from ppl.inference.amp import rules
 from ppl.inference.amp.averages import Outcomes
 from ppl.inference.amp.coefficients import Params
-from ppl.inference.amp.learning import Model
-from ppl.inference.amp.rules import channels, smooth
 from ppl.inference.amp.rules.record import Rule
+from ppl.inference.amp.seats import Model
 from ppl.inference.amp.spectrum import Spectrum
 from ppl.inference.amp.state_evolution import Prediction, Setting, state_evolution_curve
 from ppl.streams import Streams, isolated
@@ -23,7 +23,7 @@ from ppl.streams import Streams, isolated
 if TYPE_CHECKING:
     from ppl.inference.amp.problem import Problem
 
-_BINARY = (channels.Probit, smooth.Logistic)
+_BINARY = (rules.Probit, rules.Logistic)
 _COUNTS = 400  # largest count whose probability is looked at
 
 
@@ -181,13 +181,13 @@ def _scalar(rule: Rule) -> Rule:
 
 def _channel(rule: Rule, data: Tensor) -> tuple[float | Callable[[Tensor], Rule], Outcomes | None]:
     """Noise variance, or the rule for given outcomes and all outcomes there are."""
-    if isinstance(rule, channels.GaussianNoise):
+    if isinstance(rule, rules.GaussianNoise):
         if rule.variance.numel() != 1:
             raise UnsupportedError("state evolution needs one noise for all rows.")
         return float(rule.variance), None
     if isinstance(rule, _BINARY):
         values = torch.tensor([0.0, 1.0], dtype=data.dtype, device=data.device)
-    elif isinstance(rule, smooth.Poisson):
+    elif isinstance(rule, rules.Poisson):
         values = torch.arange(_COUNTS, dtype=data.dtype, device=data.device)
     else:
         raise UnsupportedError(

@@ -5,8 +5,8 @@ through ``N(x; r, vr)`` by the prior.  It costs one product with ``A`` and one w
 ``A * A`` for a variance per element).  On large random matrices its error is that of state evolution; elsewhere
 it may run away, which the step control sees: a step that raises the objective is undone and halved.
 
-Sources: [Rangan2011] algorithms 1 and 2; damping and control [Vila2015].  Differs from amp.md 6.5: instead of
-scaling ``A``, every limit is relative to the prior's scale, which has the same effect.
+Sources: [Rangan2011] algorithms 1 and 2; damping and control [Vila2015].  ``A`` is not scaled to a common norm:
+every limit is relative to the prior's scale instead, which has the same effect.
 """
 
 from __future__ import annotations
@@ -99,16 +99,14 @@ def step(problem: Problem, state: State, prior: Rule, channel: Rule) -> tuple[St
         prior: rule of the coefficients; may differ from step to step.
         channel: rule of the outputs, with the data; likewise.
 
-    Source: amp.md (5); [Rangan2011] algorithm 1 (sum) and 2 (max).
+    Source: [Rangan2011] algorithm 1 (sum) and 2 (max).
     """
     tried, objective, gap = _sweep(problem, state, prior, channel)
-    finite = (
-        all_finite(tried.mean, tried.variance, tried.vr, tried.vp, tried.score) & ~objective.isnan()
-    )
+    finite = all_finite(tried.mean, tried.variance, tried.vr, tried.vp, tried.score)
+    finite &= objective == objective  # not NaN
     compared = objective if problem.control else torch.full_like(objective, -torch.inf)
-    floor = torch.finfo(gap.dtype).eps * tried.image.square().sum(-1, keepdim=True)
     accepted, control = judge(
-        state.control, compared, gap.maximum(floor), finite, (problem.min_step, problem.max_step)
+        state.control, compared, gap, finite, (problem.min_step, problem.max_step)
     )
     kept = select(accepted, tried, state)._replace(control=control)
     moved = torch.linalg.vector_norm(tried.mean - state.mean, dim=-1, keepdim=True)
@@ -143,14 +141,16 @@ def _sweep(
     operator, beta = problem.operator, state.control.step_size
     limit = _LARGE * state.scale
     unit = state.scale * (operator.squared_frobenius / operator.shape[0])  # prior variance of z
-    vp = _damped(state.vp, _spread(problem, state.variance), beta).clamp(max=_LARGE * unit)
+    vp = torch.lerp(state.vp, _spread(problem, state.variance), beta).clamp(max=_LARGE * unit)
     p = state.image - vp * state.score  # Onsager term
     z = _answer(problem, channel, p, vp)
     vz = z.variance if problem.variances == "vector" else z.variance.mean(-1, keepdim=True)
-    score = _damped(state.score, (z.mean - p) / vp, beta)
-    precision = _damped(state.score_precision, (1.0 - vz / vp) / vp, beta).clamp(min=_SMALL / unit)
+    score = torch.lerp(state.score, (z.mean - p) / vp, beta)
+    precision = torch.lerp(state.score_precision, (1.0 - vz / vp) / vp, beta).clamp(
+        min=_SMALL / unit
+    )
     vr = _gathered(problem, precision).reciprocal().clamp(max=limit)
-    smooth = _damped(state.smooth, state.mean, beta)
+    smooth = torch.lerp(state.smooth, state.mean, beta)
     r = smooth + vr * operator.rmv(score)
     x = _answer(problem, prior, r, vr)
     image = operator.mv(x.mean)
@@ -158,7 +158,9 @@ def _sweep(
         mean=x.mean, variance=x.variance.expand_as(x.mean), image=image, smooth=smooth, score=score,
         score_precision=precision, p=p, vp=vp, r=r, vr=vr,
     )  # fmt: skip
-    gap = (z.mean - image).square().sum(-1, keepdim=True)
+    # Below rounding one gap is as good as another.
+    floor = torch.finfo(image.dtype).eps * image.square().sum(-1, keepdim=True)
+    gap = (z.mean - image).square().sum(-1, keepdim=True).maximum(floor)
     if problem.kind == "max":
         return tried, map_objective(r, vr, x, channel.log_prob(image)).unsqueeze(-1), gap
     return tried, gamp_free_energy(r, vr, x, p, vp, z).unsqueeze(-1), gap
@@ -166,10 +168,6 @@ def _sweep(
 
 def _answer(problem: Problem, rule: Rule, mean: Tensor, variance: Tensor) -> Moments:
     return rule.mode(mean, variance) if problem.kind == "max" else rule.moments(mean, variance)
-
-
-def _damped(old: Tensor, new: Tensor, beta: Tensor) -> Tensor:
-    return old + beta * (new - old)
 
 
 def _spread(problem: Problem, variance: Tensor) -> Tensor:

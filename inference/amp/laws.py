@@ -7,10 +7,11 @@ integrated by quadrature, one unknown at a time.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from ppl import distributions as laws
 from ppl.densities import is_foreign
 from ppl.distributions import Distribution
+from ppl.inference.amp import vectors
 from ppl.inference.amp.rules import mixtures, piecewise, priors
 from ppl.inference.amp.rules.quadrature import Quadrature
 from ppl.inference.amp.rules.record import Rule
@@ -58,7 +60,7 @@ class Translation:
         return self.make(**values)
 
 
-def translation(family: Distribution, leaves: Leaves) -> Translation | None:
+def translation(family: Distribution, leaves: Mapping[str, Any]) -> Translation | None:
     """How a law is a closed rule, None if it is none; ``leaves`` decide special cases (a Laplace at zero)."""
     if isinstance(family, laws.SpikeSlab):
         return _spike_slab(family, leaves)
@@ -68,11 +70,19 @@ def translation(family: Distribution, leaves: Leaves) -> Translation | None:
         return _truncated(family)
     if isinstance(family, laws.Laplace):
         return _LAPLACE if not torch.count_nonzero(leaves["loc"]) else None
+    if isinstance(family, laws.MultivariateLaplace):
+        return _vector_laplace(family.event_shape[-1])
     if isinstance(family, laws.Categorical):
         return _categorical(leaves)
     if isinstance(family, laws.Bernoulli) and "logits" in leaves:
         return _BERNOULLI_LOGITS
     return _SIMPLE.get(type(family))
+
+
+def is_lasting(family: Distribution) -> bool:
+    """Whether :func:`translation` of a law reads the names of its parameters alone, so that it can be kept."""
+    inner = family.slab if isinstance(family, laws.SpikeSlab) else family
+    return not isinstance(inner, laws.Laplace)
 
 
 def prior(family: Distribution, leaves: Leaves) -> Rule:
@@ -143,7 +153,7 @@ _SIMPLE: dict[type[Distribution], Translation] = {
 _BERNOULLI_LOGITS = Translation({"logits": Link("logit", **_SAME)}, _bernoulli)
 
 
-def _spike_slab(family: laws.SpikeSlab, leaves: Leaves) -> Translation | None:
+def _spike_slab(family: laws.SpikeSlab, leaves: Mapping[str, Any]) -> Translation | None:
     activity = {"probs": Link("logit", **_LOGIT)}
     inner = translation(
         family.slab, {k.removeprefix("slab."): v for k, v in leaves.items() if k != "probs"}
@@ -159,6 +169,11 @@ def _spike_slab(family: laws.SpikeSlab, leaves: Leaves) -> Translation | None:
         return priors.SpikeSlab(logit, slab.make(**values))
 
     return Translation(activity | {f"slab.{p}": link for p, link in slab.links.items()}, make)
+
+
+def _vector_laplace(d: int) -> Translation:
+    links = {"loc": _LOC, "scale": Link("scale", **_SAME)}
+    return Translation(links, functools.partial(vectors.MultivariateLaplace, d=d))
 
 
 def _mixture(family: Distribution) -> Translation | None:
@@ -226,7 +241,7 @@ def _truncated(family: laws.Truncated) -> Translation | None:
     return Translation(links, make)
 
 
-def _categorical(leaves: Leaves) -> Translation:
+def _categorical(leaves: Mapping[str, Any]) -> Translation:
     path = "logits" if "logits" in leaves else "probs"
     kind = _SAME if path == "logits" else _LOG
 

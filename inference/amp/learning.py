@@ -5,87 +5,40 @@ shares it: everything, or the elements of one plate. Any other use (a cut point 
 the transition of a chain, a scale in two laws) follows the gradient of the summed log normalisers, which by Fisher's
 identity is the gradient of EM's expected log-density, with step sizes of its own for every number.
 
-Sources: amp.md 7 (8) and (9); [Vila2013]; step sizes by the sign of the gradient [Riedmiller1993].
+Sources: [Vila2013]; step sizes by the sign of the gradient [Riedmiller1993].
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributions import biject_to
 
-from ppl.distributions import Bernoulli
-from ppl.graph import Factor, Graph, Law, Ref, Variable, refs
+from ppl.graph import refs
 from ppl.inference.amp import structure as gates
-from ppl.inference.amp.coefficients import Block, Params
-from ppl.inference.amp.laws import Link, translation
-from ppl.inference.amp.mixing import Offset
+from ppl.inference.amp.coefficients import Params
 from ppl.inference.amp.options import AMP
-from ppl.inference.amp.outcomes import LINKS, Outcome, Seen
-from ppl.inference.amp.recognise import Linear
+from ppl.inference.amp.outcomes import Seen
 from ppl.inference.amp.rules.record import Rule
-from ppl.inference.amp.structure import Structure
+from ppl.inference.amp.seats import Closed, Model, Seat, all_seats, closed_update
 from ppl.passes import upstream
 
-_LOW_NOISE = 1e-10  # smallest noise variance, in units of the mean square of the data
 _GROW, _SHRINK, _START, _LARGEST = 1.2, 0.5, 0.05, 0.5  # of the steps along gradients
 _SLACK = 1e-12  # share of the objective that rounding may take
-_COPIES = ("variable", "gather", "pick")
-
-
-class Seat(NamedTuple):
-    """A place where a param stands: a parameter of a law."""
-
-    part: Literal["prior", "channel", "gate"]
-    at: int  # which block, outcome or gate
-    path: str
-    argument: object
-
-
-class Closed(NamedTuple):
-    """A param that a rule learns by its statistics."""
-
-    seat: Seat
-    link: Link
-    entry: Tensor | None  # long [B * k]: the entry that each element reads; None: there is one
 
 
 class Ascent(NamedTuple):
     """Memory of a param that follows a gradient; every field of its shape ``[R, ...]``."""
 
     gradient: Tensor
-    size: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Model:
-    """The parts of the run that read params."""
-
-    linear: Linear
-    blocks: tuple[Block, ...]
-    outcomes: tuple[Outcome, ...]
-    offset: Offset
-    structure: Structure | None
-    start: Params  # as the model gives them, [1, *plates, *event]
-
-    def priors(self, params: Params, cavities: Sequence[Tensor]) -> list[Rule]:
-        """One rule a block; ``cavities`` are those of the gated blocks, in order."""
-        waiting = iter(cavities)
-        return [b.rule(params, next(waiting) if b.is_gated else None) for b in self.blocks]
-
-    def channels(self, params: Params) -> list[Rule]:
-        """One rule an observed site."""
-        offsets = self.offset(params)
-        return [o.rule(params, x) for o, x in zip(self.outcomes, offsets, strict=True)]
-
-    def evidence(self, params: Params, inputs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """What each gated block says of its gates."""
-        pairs = zip(self.blocks, inputs, strict=True)
-        return [b.evidence(params, r, vr) for b, (r, vr) in pairs if b.is_gated]
+    size: Tensor  # longest step
+    step: Tensor  # the last one, 0 if it was taken back
 
 
 class Rules(NamedTuple):
@@ -111,17 +64,26 @@ class Learner:
     ascending: tuple[str, ...]
     seats: Mapping[str, tuple[Seat, ...]]
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """All params that are learned."""
         return (*self.closed, *self.ascending)
+
+    @cached_property
+    def together(self) -> tuple[tuple[str, ...], ...]:
+        """Closed updates that one rule makes at once: params of one law, each a single number (or vector)."""
+        groups: dict[object, list[str]] = {}
+        for name, one in self.closed.items():
+            alone = one.entry is not None or one.seat.part == "gate"
+            groups.setdefault(name if alone else one.seat[:2], []).append(name)
+        return tuple(map(tuple, groups.values()))
 
 
 def make_learner(model: Model, options: AMP) -> Learner:
     """Sort the params by how they can be learned."""
     graph = model.linear.graph
     seats: dict[str, list[Seat]] = {v.name: [] for v in graph.role("param")}
-    for seat in _seats(model):
+    for seat in all_seats(model):
         for i in refs(seat.argument):
             for name in upstream(graph, i) & set(seats):
                 seats[name].append(seat)
@@ -129,7 +91,7 @@ def make_learner(model: Model, options: AMP) -> Learner:
     for name, found in seats.items():
         if not options.learns(name):
             continue
-        one = _closed(model, graph.variables[name], found) if len(found) == 1 else None
+        one = closed_update(model, graph.variables[name], found) if len(found) == 1 else None
         if one is not None and name not in model.offset.names:
             closed[name] = one
         elif found or name in model.offset.names:
@@ -142,7 +104,8 @@ def start_ascent(learner: Learner, params: Params) -> dict[str, Ascent]:
     found = {}
     for name in learner.ascending:
         free = _free(learner, name, params[name])
-        found[name] = Ascent(torch.zeros_like(free), _START * free.abs().clamp(min=1.0))
+        zero = torch.zeros_like(free)
+        found[name] = Ascent(zero, _START * free.abs().clamp(min=1.0), zero)
         if _is_plain(learner, name):
             size = torch.where(free == 0, torch.ones_like(free), free.abs())
             found[name] = found[name]._replace(size=_START * size)
@@ -156,7 +119,7 @@ def learned(
     at: Pseudo,
     rules: Rules,
     tables: Mapping[str, Tensor],
-) -> tuple[dict[str, Tensor], dict[str, Ascent]]:
+) -> tuple[dict[str, Tensor], dict[str, Ascent], Tensor]:
     """One M-step for all params.
 
     Args:
@@ -168,59 +131,91 @@ def learned(
         tables: marginals of the gates ``[R, *plates, V]``.
 
     Returns:
-        New params and memory.
+        New params and memory, and the largest relative change of a param.
     """
-    new = dict(params)
-    model, seen = learner.model, {}  # type: ignore[var-annotated]
-    for name, one in learner.closed.items():
-        if one.seat.part == "gate":
-            found = _gate_update(model, one, tables, params[name])
-        elif one.seat.part == "prior":
-            block = one.seat.at
-            if ("prior", block) not in seen:
-                seen["prior", block] = rules.priors[block].statistics(*at.blocks[block])
-            shape, statistics = at.blocks[block][0].shape, seen["prior", block]
-            found = _updated(rules.priors[block], one, shape, statistics, None, params[name])
-        else:
-            found = _channel_update(model, rules.channels[one.seat.at], one, at, params[name])
-        new[name] = torch.where(found.isfinite(), found, params[name])
+    new, memory, seen = dict(params), {}, {}  # type: ignore[var-annotated]
+    for names in learner.together:
+        ones = {n: learner.closed[n] for n in names}
+        new |= _closed_updates(learner.model, ones, params, at, rules, tables, seen)
     if learner.ascending:
-        return _ascended(learner, new, ascent, at)
-    return new, {}
+        new, memory = _ascended(learner, new, ascent, at)
+    new, moved = _compared(learner.names, params, new)
+    return new, memory, moved
+
+
+def _compared(
+    names: Sequence[str], old: Params, new: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """New numbers where they are finite, and their largest relative change; all params as one vector."""
+    sizes = [math.prod(old[n].shape[1:]) for n in names]
+    before = torch.cat([old[n].reshape(-1, k) for n, k in zip(names, sizes, strict=True)], 1)
+    after = torch.cat([new[n].reshape(-1, k) for n, k in zip(names, sizes, strict=True)], 1)
+    step = (after - before).abs()
+    is_finite = step < torch.inf
+    moved = torch.where(is_finite, step / (before.abs() + 1e-8), 0.0).amax()
+    parts = torch.where(is_finite, after, before).split(sizes, 1)
+    found = {n: x.reshape(old[n].shape) for n, x in zip(names, parts, strict=True)}
+    return {**new, **found}, moved
 
 
 # ---- closed updates ----------------------------------------------------------------------------
 
 
-def _channel_update(model: Model, rule: Rule, one: Closed, at: Pseudo, old: Tensor) -> Tensor:
-    p, vp = at.sites[one.seat.at]
-    outcome, keep = model.outcomes[one.seat.at], None
+def _closed_updates(
+    model: Model,
+    ones: Mapping[str, Closed],
+    params: Params,
+    at: Pseudo,
+    rules: Rules,
+    tables: Mapping[str, Tensor],
+    seen: dict[int, Mapping[str, Tensor]],
+) -> dict[str, Tensor]:
+    """Params of one law; ``seen`` keeps the statistics of a block for those that are pooled another way."""
+    name, one = next(iter(ones.items()))
+    part, place = one.seat.part, one.seat.at
+    if part == "gate":
+        return {name: _gate_update(model, one, tables, params[name])}
+    if part == "prior":
+        rule, (r, vr) = rules.priors[place], at.blocks[place]
+        if place not in seen:
+            seen[place] = rule.statistics(r, vr)
+        return _updated(rule, ones, r.shape, seen[place], None, params)
+    rule, (p, vp), keep = rules.channels[place], at.sites[place], None
     if isinstance(rule, Seen):
         p, keep, rule = p + rule.offset, rule.keep, rule.rule
-    found = _updated(rule, one, p.shape, rule.statistics(p, vp), keep, old)
-    floor = (_LOW_NOISE * outcome.data.square().mean()).sqrt()
-    return found.clamp(min=float(floor)) if one.link.name == "variance" else found
+    found = _updated(rule, ones, p.shape, rule.statistics(p, vp), keep, params)
+    least = model.outcomes[place].least_scale
+    noises = [n for n, each in ones.items() if each.link.name == "variance"]
+    return found | {n: found[n].maximum(least) for n in noises}
 
 
 def _updated(
     rule: Rule,
-    one: Closed,
+    ones: Mapping[str, Closed],
     shape: torch.Size,
     statistics: Mapping[str, Tensor],
     keep: Tensor | None,
-    old: Tensor,
-) -> Tensor:
-    """The param after one closed update of its rule, from statistics of elements ``[R, B, k]``."""
-    size = old[0].numel() // _rest(rule, old)
+    params: Params,
+) -> dict[str, Tensor]:
+    """Params after one closed update of their rule, from statistics of elements ``[R, B, k]``.
+
+    They are pooled alike: several of them only where each is a single number or vector.
+    """
+    name, one = next(iter(ones.items()))
+    size = params[name][0].numel() // _rest(rule, params[name])
     pooled = {k: _pooled(v, shape, one.entry, size, keep) for k, v in statistics.items()}
-    name = one.link.name
-    value = one.link.back(_attribute(rule.maximised(pooled, {name}), name))
-    if one.entry is None:
-        return value.reshape(value.shape[0], -1)[:, : old[0].numel()].reshape(old.shape)
-    rest = value.shape[len(shape) :]
-    flat = value.expand(*shape, *rest).reshape(shape[0], -1, *rest)
-    whole = old.reshape(old.shape[0], size, *rest)
-    return whole.index_copy(1, one.entry, flat).reshape(old.shape)
+    better = rule.maximised(pooled, {each.link.name for each in ones.values()})
+    found = {}
+    for name, each in ones.items():
+        value, old = each.link.back(_attribute(better, each.link.name)), params[name]
+        if each.entry is None:
+            found[name] = value.reshape(value.shape[0], -1)[:, : old[0].numel()].reshape(old.shape)
+        else:
+            rest = value.shape[len(shape) :]
+            flat = value.expand(*shape, *rest).reshape(shape[0], -1, *rest)
+            whole = old.reshape(old.shape[0], size, *rest)
+            found[name] = whole.index_copy(1, each.entry, flat).reshape(old.shape)
+    return found
 
 
 def _rest(rule: Rule, old: Tensor) -> int:
@@ -241,7 +236,8 @@ def _pooled(
     """Averages over the elements that share an entry, in the shape of the elements or as ``[R, 1, 1]``."""
     rest = x.shape[len(shape) :]
     if index is None and keep is None:
-        return x.expand(*shape, *rest).mean((1, 2), keepdim=True)
+        x = x if x.shape == shape else x.expand(*shape, *rest)
+        return x.mean((1, 2), keepdim=True)
     x = x.expand(*shape, *rest)
     weight = x.new_ones(1, *shape[1:]) if keep is None else keep.to(x.dtype).expand(1, *shape[1:])
     weight = weight.reshape(*weight.shape, *(1,) * len(rest))
@@ -260,106 +256,6 @@ def _gate_update(model: Model, one: Closed, tables: Mapping[str, Tensor], old: T
     on = tables[model.linear.gates[one.seat.at]][..., 1]
     share = on if old.shape == on.shape else on.flatten(1).mean(1).reshape(old.shape)
     return one.link.back(one.link.there(share.clamp(1e-6, 1 - 1e-6)))
-
-
-# ---- where params stand ------------------------------------------------------------------------
-
-
-def _seats(model: Model) -> Iterator[Seat]:
-    graph = model.linear.graph
-    for i, block in enumerate(model.blocks):
-        yield from _law_seats("prior", i, graph.factors[block.mixed.latent].law)
-    for i, outcome in enumerate(model.outcomes):
-        yield from _law_seats("channel", i, graph.factors[outcome.site].law)
-    for i, name in enumerate(model.linear.gates):
-        factor = graph.factors[name]
-        yield from _law_seats("gate", i, factor.law)
-        if factor.chain is not None:
-            yield from _law_seats("gate", i, factor.chain[1])
-
-
-def _law_seats(
-    part: Literal["prior", "channel", "gate"], at: int, law: Law | None
-) -> Iterator[Seat]:
-    if law is not None:
-        for leaf, argument in zip(law.family.leaves(), law.arguments, strict=True):
-            yield Seat(part, at, leaf.path, argument)
-
-
-def _closed(model: Model, v: Variable, seats: Sequence[Seat]) -> Closed | None:
-    """The closed update of a param that stands alone in one seat, None where there is none."""
-    seat = seats[0]
-    if not _stands_alone(model.linear.graph, seat.argument, v.name):
-        return None
-    if seat.part == "gate":
-        factor = model.linear.graph.factors[model.linear.gates[seat.at]]
-        return _closed_gate(factor, seat, v)
-    link = _link(model, seat, v)
-    if link is None:
-        return None
-    return Closed(seat, link, _index(model, seat, v))
-
-
-def _closed_gate(factor: Factor, seat: Seat, v: Variable) -> Closed | None:
-    law = factor.law
-    same = v.plates in ((), factor.plates) and v.event_shape == ()
-    if factor.chain is not None or law is None or type(law.family) is not Bernoulli or not same:
-        return None
-    found = translation(law.family, {seat.path: torch.zeros(())})
-    return None if found is None else Closed(seat, found.links[seat.path], None)
-
-
-def _stands_alone(graph: Graph, argument: object, name: str) -> bool:
-    """Whether an argument is the param itself, or an element of it looked up."""
-    while isinstance(argument, Ref):
-        node = graph.nodes[argument.id]
-        if node.op == "variable":
-            return node.name == name
-        if node.op not in _COPIES:
-            return False
-        argument = node.args[0]
-    return False
-
-
-def _link(model: Model, seat: Seat, v: Variable) -> Link | None:
-    params = model.start
-    if seat.part == "channel":
-        outcome = model.outcomes[seat.at]
-        if outcome.kind == "additive":
-            found = translation(outcome.family, outcome.leaves(0.0, params))
-            links = {} if found is None else found.links
-        else:
-            links = LINKS.get(outcome.kind, {})
-        rule: Rule = outcome.rule(params, None)
-    else:
-        block = model.blocks[seat.at]
-        if block.is_gated and (not block.has_activity or seat.path == "probs"):
-            return None
-        found = translation(block.family, block.leaves(params))
-        links = {} if found is None else found.links
-        rule = block.base(params)
-    link = links.get(seat.path)
-    inner = rule.rule if isinstance(rule, Seen) else rule
-    if link is None or link.name not in inner.learnable:
-        return None
-    return link if bool(v.event_shape) == bool(inner.trailing) or not v.event_shape else None
-
-
-def _index(model: Model, seat: Seat, v: Variable) -> Tensor | None:
-    """Which entry of a param each element reads, found by looking up positions in the place of values."""
-    start = model.start[v.name]
-    positions = torch.arange(start.numel()).to(start).reshape(start.shape)
-    params = {**model.start, v.name: positions}
-    part = model.blocks[seat.at] if seat.part == "prior" else model.outcomes[seat.at]
-    leaves = part.leaves(params) if isinstance(part, Block) else part.leaves(0.0, params)
-    found = leaves[seat.path]
-    if isinstance(part, Block) and part.is_gated:
-        found = found[..., 0]
-    rest = found.shape[-1] if found.ndim > 3 else 1
-    if start.numel() == rest:
-        return None
-    found = found[..., 0] / rest if found.ndim > 3 else found
-    return found.expand(1, part.frame.repeats, part.frame.count).round().long().flatten()
 
 
 # ---- gradients ---------------------------------------------------------------------------------
@@ -386,12 +282,19 @@ def _ascended(
 
 
 def _climbed(before: Ascent, free: Tensor, grad: Tensor | None) -> tuple[Ascent, Tensor]:
-    """A longer step where the sign of the gradient stays, a shorter one where it turns."""
+    """A secant step for every number by itself, where two gradients show that it climbs a hill.
+
+    It is no longer than a size that grows where the sign of the gradient stays and shrinks where it turns; elsewhere
+    that size is the step.
+    """
     known = torch.zeros_like(free) if grad is None else grad.nan_to_num(0.0, 0.0, 0.0)
     agree = known * before.gradient
     factor = torch.where(agree > 0, _GROW, torch.where(agree < 0, _SHRINK, 1.0))
     size = torch.minimum(before.size * factor, _LARGEST * free.abs().clamp(min=1.0))
-    return Ascent(known, size), free + size * known.sign()
+    change = known - before.gradient
+    secant = -known * before.step / change
+    step = torch.where(change * before.step < 0, secant.clamp(-size, size), size * known.sign())
+    return Ascent(known, size, step), free + step
 
 
 def _kept(
@@ -405,9 +308,11 @@ def _kept(
     for name in names:
         up = better.reshape(-1, *(1,) * (params[name].ndim - 1))
         params[name] = torch.where(up, tried[name], params[name])
-        gradient, size = memory[name]
+        gradient, size, step = memory[name]
         up = better.reshape(-1, *(1,) * (size.ndim - 1))
-        memory[name] = Ascent(gradient, torch.where(up, size, _SHRINK * size))
+        memory[name] = Ascent(
+            gradient, torch.where(up, size, _SHRINK * size), torch.where(up, step, 0.0)
+        )
     return params, memory
 
 

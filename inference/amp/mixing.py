@@ -6,6 +6,7 @@ lowered and applied as it is; its transpose is derived. Several latents stand be
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ def frame(bound: Bound, variable: Variable, batch: tuple[str, ...]) -> Frame:
 
 def static_arrays(bound: Bound) -> dict[str, Tensor]:
     """Data and memberships, the inputs of lowered expressions."""
-    return dict(bound.values) | {map_name(*key): m for key, m in bound.maps.items()}
+    return dict(bound.dense) | {map_name(*key): m for key, m in bound.maps.items()}
 
 
 def compiler(bound: Bound, linear: Linear, extra: Sequence[str] = ()) -> Compiler:
@@ -207,7 +208,7 @@ def _block(bound: Bound, linear: Linear, site: str, node: int, name: str) -> Ope
     matrices = [_written_out(bound, linear, site, s, i, name) for s, i in own]
     found = [m for m in matrices if m is not None]
     if len(found) == len(matrices):
-        return _kept(torch.stack(found).sum(0) if len(found) > 1 else found[0])
+        return _kept(found[0] if len(found) == 1 else _summed(found))
     lowered = _predictor(bound, linear, site, own)
     operator = _matrix_free(bound, linear, lowered, out, name)
     if source.count <= _FEW_COLUMNS or source.count * out.count <= _SMALL:
@@ -215,11 +216,23 @@ def _block(bound: Bound, linear: Linear, site: str, node: int, name: str) -> Ope
     return operator
 
 
+def _summed(matrices: Sequence[Tensor]) -> Tensor:
+    if any(m.layout == torch.strided for m in matrices):
+        matrices = [m.to_dense() for m in matrices]
+    return functools.reduce(torch.add, matrices)
+
+
 def _kept(matrix: Tensor) -> Operator:
-    large = matrix.numel() > _SMALL
-    if large and int(torch.count_nonzero(matrix)) < _SPARSE * matrix.numel():
+    """A matrix that is mostly zeros as CSR, if it is large; some entries in a hundred tell for most matrices."""
+    if matrix.layout != torch.strided:
+        return sparse(matrix)
+    if matrix.numel() > _SMALL and _is_sparse(matrix.flatten()[::101]) and _is_sparse(matrix):
         return sparse(matrix.to_sparse_csr())
     return dense(matrix.contiguous())
+
+
+def _is_sparse(entries: Tensor) -> bool:
+    return int(torch.count_nonzero(entries)) < _SPARSE * entries.numel()
 
 
 def _below(operators: Sequence[Operator]) -> Operator:
@@ -338,6 +351,10 @@ def _written_out(
     other, over, transposed = found
     v = linear.graph.variables[site]
     plates = tuple(p for p in v.plates if p not in linear.batch)
+    given = _sparse_itself(bound, linear.graph, other, (*plates, *over))
+    if given is not None:
+        given = given if not transposed else given.to_sparse_coo().t().to_sparse_csr()
+        return sign * given
     c = compiler(bound, linear)
     operand = c.operand(other)
     missing = [a for a in operand.axes if a not in (*plates, *over)]
@@ -351,10 +368,25 @@ def _written_out(
     value = value.expand(*(bound.size(a) for a in axes), *value.shape[len(axes) :])
     if transposed:
         value = value.mT
-    matrix = value.reshape(-1, value.shape[-1])
-    if matrix.shape[0] != frame(bound, v, linear.batch).count:
+    rows = frame(bound, v, linear.batch).count
+    columns = frame(bound, linear.graph.variables[name], linear.batch).count
+    if value.numel() != rows * columns:
         return None  # one number for a whole vector: left to broadcasting
+    matrix = value.reshape(rows, columns)
     return sign * matrix if sign != 1.0 else matrix
+
+
+def _sparse_itself(
+    bound: Bound, graph: Graph, item: object, axes: tuple[str, ...]
+) -> Tensor | None:
+    """The data matrix that stands alone in a product, if it is sparse and its axes are those of the product."""
+    if not isinstance(item, Ref) or graph.nodes[item.id].op != "variable":
+        return None
+    name = graph.nodes[item.id].name
+    value = bound.values.get(name)
+    if value is None or value.layout == torch.strided:
+        return None
+    return value if graph.variables[name].plates in (axes, ()) else None
 
 
 def _contraction(
@@ -364,7 +396,7 @@ def _contraction(
     v, inner = graph.variables[name], node
     if node.op == "call" and node.name == "sum" and _sums_last(graph, node):
         inner = graph.nodes[node.args[0].id]
-        if inner.op != "call" or inner.name not in _TIMES:
+        if inner.op != "dot" and (inner.op != "call" or inner.name not in _TIMES):
             return None
     elif node.op != "dot" and not (node.op == "call" and node.name in _MATMULS):
         return None
@@ -378,10 +410,10 @@ def _contraction(
         return None
     own = tuple(p for p in v.plates if p not in batch)
     rank = len(_event_shape(graph, other))
-    if node.op == "dot":
-        grouped = any(p in node.plates for p in graph.ancestors(node.name))
-        fits = own == (node.name,) and v.event_shape == () and rank == 0 and not grouped
-        return (other, own, False) if fits else None
+    if inner.op == "dot":  # of vectors: dot(a, x, over=group).sum(-1)
+        grouped = any(p in inner.plates for p in graph.ancestors(inner.name))
+        same = _event_shape(graph, other) == v.event_shape and rank == int(inner is not node)
+        return (other, own, False) if own == (inner.name,) and same and not grouped else None
     if own or len(v.event_shape) != 1 or rank not in (1, 2):
         return None
     if inner is not node:  # (a * x).sum(-1)

@@ -26,9 +26,12 @@ class AMP:
             the probe says.
         learn: whether EM learns the params of the model, or the names of those it learns.
         learn_from: sweep after which EM starts.
-        start: of the params: as the model ``"given"`` them, or read off the ``"data"`` (noise of 20 dB, sparsity by
-            the phase transition), which a sparse regression of unknown scale wants.
-        tolerance: relative change of the mean below which a run has converged; ``infer(tol=)`` overrides it.
+        start: of the params: as the model ``"given"`` them, or read off the ``"data"``, which a sparse regression of
+            unknown scale wants: noise of 20 dB, sparsity by the phase transition, the prior's scale by the size of the
+            responses; for probit, logistic and ordinal outcomes by a predictor of three times the noise of the link,
+            for counts by their logarithms.
+        tolerance: relative change of the mean below which a run has converged; ``infer(tol=)`` overrides it. With neither
+            set, a run also ends when its evidence has stayed within a tenth of a nat for twenty sweeps.
         switch: go over to VAMP when GAMP runs away, with the switch named in the result.
         turbo: share of the new log-odds that gates (group bits, chains) send back in a sweep, 0 to 1.
 
@@ -45,7 +48,7 @@ class AMP:
     learn: bool | Sequence[str] = True
     learn_from: int = 3
     start: Literal["given", "data"] = "given"
-    tolerance: float = 1e-6
+    tolerance: float = 1e-5
     switch: bool = True
     turbo: float = 0.7
 

@@ -1,10 +1,20 @@
 """The observed sites as channels: what each law says of its linear predictor, element by element.
 
-Which closed rule a law is, is found by evaluating its parameters on a few values of the predictor: ``Normal(z, s)``,
-``Bernoulli(logits=z)``, ``Bernoulli(ndtr(z / s))``, ``Poisson(exp(z))``, ``Normal(abs(z), s)`` and so on are known by
-what they compute, however they are spelt. Any other law is integrated by quadrature over its log-density.
+Which closed rule a law is, is found by evaluating its parameters on a few values of the predictor, so that it is
+known by what it computes, however it is spelt::
 
-Source: amp.md 3.
+    Normal(z, sd)   Laplace(z, b)   StudentT(df, z, s)   Cauchy(z, s)      additive noise
+    Normal(z.relu(), sd)   Normal(z.abs(), sd)                             rectified; modulus (signs lost)
+    Censored(Normal(z, sd), low, high)                                     censored
+    Bernoulli(ndtr(z / sd))   Bernoulli(logits=z)   Poisson(exp(z))        probit, logistic, counts
+    Bernoulli((z > 0).to(z.dtype))   Delta(z.sign())                          sign: one-bit data without noise
+    Delta(z.relu())   Delta(z.abs())                                       the same without noise
+    Categorical([ndtr((c1 - z) / sd), ndtr((c2 - z) / sd) - ndtr((c1 - z) / sd), ...])
+                                                                           ordinal, quantised, interval-censored:
+                                                                           cut points fixed, by row, or params
+
+An interval-censored row is one of three categories: below, within or above its interval. Any other law is integrated
+by quadrature over its log-density. ``posterior.diagnostics.notes["rules"]`` names the rule of every site.
 """
 
 from __future__ import annotations
@@ -13,6 +23,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,16 +33,20 @@ from ppl.binding import Bound
 from ppl.densities import is_foreign
 from ppl.distributions import Distribution, Leaf
 from ppl.errors import UnsupportedError
+from ppl.graph import refs
+from ppl.inference.amp import rules
 from ppl.inference.amp.coefficients import Params
+from ppl.inference.amp.cutpoints import Cuts, Scores, found_cuts, moved_cuts, scores
 from ppl.inference.amp.laws import VARIANCE, Link, translation
 from ppl.inference.amp.mixing import LEAD, Frame, fixed, frame
 from ppl.inference.amp.recognise import Linear, Output
-from ppl.inference.amp.rules import channels, smooth
 from ppl.inference.amp.rules.quadrature import Quadrature
 from ppl.inference.amp.rules.record import Moments, Rule
 from ppl.lower import Compiler, Lowered
+from ppl.passes import upstream
 
 _PREDICTOR = "@predictor"
+_LOW_NOISE = 1e-10  # smallest noise variance, in units of the mean square of the data
 _GRID = (-1.7, -0.9, -0.3, 0.0, 0.4, 1.0, 1.6)
 
 
@@ -94,7 +109,10 @@ class Outcome:
     y: Tensor  # [1, *plates, *event]
     keep: Tensor | None  # bool [1, B, m], where something was observed
     lowered: Lowered  # leaves of the law as functions of the predictor
+    constants: Lowered  # those leaves that the predictor does not reach
+    constant_paths: tuple[str, ...]
     kind: str = "quadrature"
+    cuts: Cuts | None = None  # of categories, at the first params
 
     @cached_property
     def parts(self) -> tuple[Leaf, ...]:
@@ -106,9 +124,22 @@ class Outcome:
         """The observations ``[1, B, m]``."""
         return self.frame.flat(self.y)
 
+    @cached_property
+    def least_scale(self) -> Tensor:
+        """Smallest standard deviation that is learned for the noise."""
+        return (_LOW_NOISE * self.data.square().mean()).sqrt()
+
+    @property
+    def reads_params(self) -> bool:
+        """Whether the law has params."""
+        return any(k != _PREDICTOR for k in self.lowered.inputs)
+
     def arrays(self, z: Tensor, params: Params) -> dict[str, Tensor]:
         """Leaves of the law, ``[L | 1, *plates, *event, *rest]``, at predictors ``[L, B, m]``."""
-        inputs = {_PREDICTOR: self.frame.shaped(z), **params}
+        alike = z.shape[1:] == (1, 1)  # for all elements: the law is evaluated once
+        rank = len(self.frame.plates) + len(self.frame.event)
+        shaped = z.reshape(-1, *(1,) * rank) if alike else self.frame.shaped(z)
+        inputs = {_PREDICTOR: shaped, **params}
         values = self.lowered({k: inputs[k] for k in self.lowered.inputs})
         found = {x.path: v for x, v in zip(self.parts, values, strict=True)}
         if "probs" in found:  # the log of a probability that underflows would have no gradient
@@ -116,11 +147,18 @@ class Outcome:
         return found
 
     def leaves(self, z: float | Tensor, params: Params) -> dict[str, Tensor]:
-        """Leaves ``[L | 1, B | 1, m | 1, *rest]`` at one value of the predictor, or at ``[L, 1, 1]``."""
-        at = torch.as_tensor(z, dtype=self.y.dtype, device=self.y.device).reshape(-1, 1, 1)
-        found = self.arrays(at, params)
+        """Leaves ``[L | 1, B | 1, m | 1, *rest]`` at a predictor: one value, or ``[L, B | 1, m | 1]``."""
+        at = torch.as_tensor(z, dtype=self.y.dtype, device=self.y.device)
+        found = self.arrays(at if at.ndim == 3 else at.reshape(-1, 1, 1), params)
         ranks = {leaf.path: leaf.event_dim for leaf in self.parts}
         return {k: self.frame.flat(v, ranks[k]) for k, v in found.items()}
+
+    def fixed_leaves(self, params: Params) -> dict[str, Tensor]:
+        """The leaves ``[R | 1, B | 1, m | 1, *rest]`` that do not depend on the predictor."""
+        values = self.constants({k: params[k] for k in self.constants.inputs})
+        ranks = {leaf.path: leaf.event_dim for leaf in self.parts}
+        pairs = zip(self.constant_paths, values, strict=True)
+        return {k: self.frame.flat(v, ranks[k]) for k, v in pairs}
 
     def log_prob(self, z: Tensor, params: Params) -> Tensor:
         """``log p(y | z)`` ``[*lead, R, B, m]`` for ``z`` of that shape."""
@@ -137,10 +175,15 @@ class Outcome:
 
     def rule(self, params: Params, offset: Tensor | None) -> Rule:
         """The channel of the next sweep."""
-        rule = _KINDS[self.kind](self, params)
+        rule = _KINDS[self.kind](self, params) if self.reads_params else self._settled
         if self.keep is None and offset is None:
             return rule
         return Seen(rule, self.y.new_zeros(1, 1, 1) if offset is None else offset, self.keep)
+
+    @cached_property
+    def _settled(self) -> Rule:
+        """The channel of a law without params."""
+        return _KINDS[self.kind](self, {})
 
 
 def make_outcome(bound: Bound, linear: Linear, output: Output, params: Params) -> Outcome:
@@ -166,13 +209,16 @@ def make_outcome(bound: Bound, linear: Linear, output: Output, params: Params) -
         factor.law.family,
         bound.values[output.site].unsqueeze(0),
         keep,
-        _leaves(bound, linear, output),
+        *_leaves(bound, linear, output),
     )
-    return replace(made, kind=_kind(made, params))
+    kind, cuts = _kind(made, params)
+    return replace(made, kind=kind, cuts=cuts)
 
 
-def _leaves(bound: Bound, linear: Linear, output: Output) -> Lowered:
-    """Leaves of the law with the node of the predictor replaced by a variable."""
+def _leaves(
+    bound: Bound, linear: Linear, output: Output
+) -> tuple[Lowered, Lowered, tuple[str, ...]]:
+    """Leaves of the law with the node of the predictor replaced by a variable; those without it once more."""
     graph, node = linear.graph, linear.graph.nodes[output.node]
     site = graph.variables[output.site]
     cut = replace(node, op="variable", func=None, args=(), kwargs={}, name=_PREDICTOR)
@@ -182,21 +228,27 @@ def _leaves(bound: Bound, linear: Linear, output: Output) -> Lowered:
     axes = {x.name: (LEAD, *x.plates) for x in graph.role("latent", "param")}
     axes |= {x.name: x.plates for x in graph.role("given", "observed")}
     order = (LEAD, *graph.plates)
-    c = Compiler(graph, axes, order, dtype=bound.dtype, device=bound.device)
     law = graph.factors[output.site].law
     assert law is not None
-    outputs = []
-    for leaf, argument in zip(law.family.leaves(), law.arguments, strict=True):
-        operand = c.operand(argument)
-        rank = max(len(site.event_shape) + leaf.event_dim, operand.event_ndim)
-        outputs.append(c.align(operand, (LEAD, *site.plates), rank))
-    return fixed(c.finish(outputs), bound)
+
+    def lowered(chosen: list[tuple[Leaf, Any]]) -> Lowered:
+        c = Compiler(graph, axes, order, dtype=bound.dtype, device=bound.device)
+        outputs = []
+        for leaf, argument in chosen:
+            operand = c.operand(argument)
+            rank = max(len(site.event_shape) + leaf.event_dim, operand.event_ndim)
+            outputs.append(c.align(operand, (LEAD, *site.plates), rank))
+        return fixed(c.finish(outputs), bound)
+
+    every = list(zip(law.family.leaves(), law.arguments, strict=True))
+    apart = [(x, a) for x, a in every if not any(_PREDICTOR in upstream(graph, i) for i in refs(a))]
+    return lowered(every), lowered(apart), tuple(x.path for x, _ in apart)
 
 
 # ---- which rule --------------------------------------------------------------------------------
 
 
-def _kind(outcome: Outcome, params: Params) -> str:
+def _kind(outcome: Outcome, params: Params) -> tuple[str, Cuts | None]:
     """The closed rule that the law computes, found on a grid of predictors; else quadrature."""
     first = {k: p[:1] for k, p in params.items()}
     z = torch.tensor(_GRID, dtype=outcome.y.dtype, device=outcome.y.device).reshape(-1, 1, 1)
@@ -205,14 +257,16 @@ def _kind(outcome: Outcome, params: Params) -> str:
     inner = family.dist if isinstance(family, laws.Censored) else family
     prefix = "dist." if inner is not family else ""
     fixed_rest = all(_constant(v) for k, v in leaves.items() if k != f"{prefix}loc")
-    if isinstance(family, laws.Bernoulli):
-        return _binary(leaves, z)
+    if isinstance(family, (laws.Bernoulli, laws.Categorical)):
+        return _categories(outcome, leaves, z, first)
     if isinstance(family, laws.Poisson):
         exposure = leaves["rate"] * (-z).exp()
-        return "poisson" if _constant(exposure) else "quadrature"
+        return "poisson" if _constant(exposure) else "quadrature", None
+    if isinstance(family, laws.Delta):
+        return _exact(leaves["v"], z), None
     if f"{prefix}loc" not in leaves or not fixed_rest:
-        return "quadrature"
-    return _real(type(inner), bool(prefix), leaves[f"{prefix}loc"], z)
+        return "quadrature", None
+    return _real(type(inner), bool(prefix), leaves[f"{prefix}loc"], z), None
 
 
 def _real(family: type[Distribution], censored: bool, loc: Tensor, z: Tensor) -> str:
@@ -229,18 +283,60 @@ def _real(family: type[Distribution], censored: bool, loc: Tensor, z: Tensor) ->
     return "quadrature"
 
 
-def _binary(leaves: Mapping[str, Tensor], z: Tensor) -> str:
-    p = leaves["probs"] if "probs" in leaves else torch.sigmoid(leaves["logits"])
-    if _equal(p, (z > 0).to(p.dtype)) or _equal(p, (z >= 0).to(p.dtype)):
-        return "sign"
-    odds, score = torch.logit(p), torch.special.ndtri(p)
-    for sign, flipped in ((1.0, ""), (-1.0, " flipped")):
-        if _equal(sign * odds, z):
-            return f"logistic{flipped}"
-        slope = sign * (score[-1:] - score[:1]) / (z[-1] - z[0])
-        if _equal(sign * score, slope * z) and bool((slope > 0).all()):
-            return f"probit{flipped}"
-    return "quadrature"
+def _exact(v: Tensor, z: Tensor) -> str:
+    """Outcomes that follow from the predictor."""
+    for kind, function in (("sign of", z.sign()), ("rectified exactly", z.relu())):
+        if _equal(v, function):
+            return kind
+    return "modulus exactly" if _equal(v, z.abs()) else "quadrature"
+
+
+def _categories(
+    o: Outcome, leaves: Mapping[str, Tensor], z: Tensor, params: Params
+) -> tuple[str, Cuts | None]:
+    if isinstance(o.family, laws.Bernoulli):
+        odds = leaves["logits"] if "logits" in leaves else torch.logit(leaves["probs"])
+        if _equal(odds, z):
+            return "logistic", None
+        if _equal(-odds, z):
+            return "logistic flipped", None
+    with torch.no_grad():
+        probe = _scores(o, params)
+        seen = probe(z[:1].unsqueeze(1))  # [1, 1, B | 1, m | 1, K - 1]
+        cuts = found_cuts(probe, z, (seen.shape[-1], *seen.shape[1:-1]))
+    if cuts is None or (cuts.is_noiseless and o.reads_params):
+        return "quadrature", None
+    is_binary = isinstance(o.family, laws.Bernoulli) and not torch.count_nonzero(cuts.places)
+    if is_binary:
+        return "sign" if cuts.is_noiseless else "probit", cuts
+    return "quantised" if cuts.is_noiseless else "ordinal", cuts
+
+
+def _scores(o: Outcome, params: Params) -> Scores:
+    """Cumulative scores of the categories as a function of predictors ``[P, R | 1, B | 1, m | 1]``."""
+    restarts = max((len(p) for p in params.values()), default=1)
+
+    def at(z: Tensor) -> Tensor:
+        z = z.expand(-1, restarts, -1, -1)
+        wide = {
+            k: p if len(p) == 1 else p.repeat(len(z), *(1,) * (p.ndim - 1))
+            for k, p in params.items()
+        }
+        leaves = o.leaves(z.flatten(0, 1), wide)
+        if isinstance(o.family, laws.Bernoulli):
+            leaves = {"probs": torch.stack(_both(leaves), -1)}
+        found = scores(leaves)
+        found = found.expand(len(z) * restarts, *found.shape[1:])
+        return found.reshape(len(z), restarts, *found.shape[1:])
+
+    return at
+
+
+def _both(leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Probabilities of failure and success."""
+    if "probs" in leaves:
+        return 1.0 - leaves["probs"], leaves["probs"]
+    return torch.sigmoid(-leaves["logits"]), torch.sigmoid(leaves["logits"])
 
 
 def _constant(leaf: Tensor) -> bool:
@@ -259,65 +355,75 @@ def _by_quadrature(o: Outcome, params: Params) -> Rule:
     return Quadrature(lambda z: o.log_prob(z, params))
 
 
-def _noise(o: Outcome, params: Params, path: str = "scale") -> Tensor:
-    return o.leaves(0.0, params)[path].square()
+def _noise(o: Outcome, params: Params) -> Tensor:
+    return o.fixed_leaves(params)["scale"].square()
 
 
 def _gaussian(o: Outcome, params: Params) -> Rule:
-    return channels.GaussianNoise(o.data, _noise(o, params))
+    return rules.GaussianNoise(o.data, _noise(o, params))
 
 
 def _modulus(o: Outcome, params: Params) -> Rule:
-    return channels.Modulus(o.data, _noise(o, params))
+    return rules.Modulus(o.data, _noise(o, params))
 
 
 def _rectified(o: Outcome, params: Params) -> Rule:
-    return channels.ReLU(o.data, _noise(o, params))
+    return rules.ReLU(o.data, _noise(o, params))
 
 
 def _censored(o: Outcome, params: Params) -> Rule:
-    leaves = o.leaves(0.0, params)
+    leaves = o.fixed_leaves(params)
     infinite = torch.full_like(leaves["dist.scale"], torch.inf)
     low, high = leaves.get("low", -infinite), leaves.get("high", infinite)
-    return channels.Censored(o.data, low, high, leaves["dist.scale"].square())
+    return rules.Censored(o.data, low, high, leaves["dist.scale"].square())
 
 
 def _additive(o: Outcome, params: Params) -> Rule:
-    noise = translation(o.family, o.leaves(0.0, params))
+    leaves = {"loc": o.y.new_zeros(1, 1, 1), **o.fixed_leaves(params)}
+    noise = translation(o.family, leaves)
     assert noise is not None, "the kind says that the noise has a rule"
-    return channels.AdditiveNoise(o.data, noise.rule(o.leaves(0.0, params)))
+    return rules.AdditiveNoise(o.data, noise.rule(leaves))
 
 
 def _sign(o: Outcome, params: Params) -> Rule:
-    return channels.Probit(o.data, torch.zeros_like(o.data))
+    return rules.Probit(o.data, torch.zeros_like(o.data[:, :1, :1]))
+
+
+def _rectified_exactly(o: Outcome, params: Params) -> Rule:
+    zero = torch.zeros_like(o.data[:, :1, :1])
+    return rules.Censored(o.data, zero, zero + torch.inf, zero)
+
+
+def _modulus_exactly(o: Outcome, params: Params) -> Rule:
+    return rules.Modulus(o.data, torch.zeros_like(o.data[:, :1, :1]))
+
+
+def _now(o: Outcome, params: Params) -> Cuts:
+    """Cut points and noise for these params."""
+    assert o.cuts is not None, "the kind says that the categories are intervals"
+    return moved_cuts(_scores(o, params), o.cuts) if o.reads_params else o.cuts
 
 
 def _probit(o: Outcome, params: Params) -> Rule:
-    return channels.Probit(o.data, _slope(o, params).pow(-2))
+    cuts = _now(o, params)
+    return rules.Probit(o.data if cuts.sign > 0 else 1.0 - o.data, cuts.scale[0].square())
 
 
-def _flipped_probit(o: Outcome, params: Params) -> Rule:
-    return channels.Probit(1.0 - o.data, (-_slope(o, params)).pow(-2))
-
-
-def _slope(o: Outcome, params: Params) -> Tensor:
-    """Slope of the score of a probit in the predictor, of the sign that it had when it was recognised."""
-    at = torch.tensor([-1.0, 1.0], dtype=o.y.dtype, device=o.y.device).reshape(-1, 1, 1)
-    below, above = (torch.special.ndtri(o.leaves(z, params)["probs"]) for z in at)
-    slope, sign = 0.5 * (above - below), -1.0 if "flipped" in o.kind else 1.0
-    return torch.where(sign * slope > 0, slope, torch.nan)
+def _ordinal(o: Outcome, params: Params) -> Rule:
+    cuts = _now(o, params)
+    return rules.Interval(*cuts.edges(o.data), cuts.scale[0].square())
 
 
 def _logistic(o: Outcome, params: Params) -> Rule:
-    return smooth.Logistic(o.data)
+    return rules.Logistic(o.data)
 
 
 def _flipped_logistic(o: Outcome, params: Params) -> Rule:
-    return smooth.Logistic(1.0 - o.data)
+    return rules.Logistic(1.0 - o.data)
 
 
 def _poisson(o: Outcome, params: Params) -> Rule:
-    return smooth.Poisson(o.data, o.leaves(0.0, params)["rate"])
+    return rules.Poisson(o.data, o.leaves(0.0, params)["rate"])
 
 
 _KINDS: dict[str, Callable[[Outcome, Params], Rule]] = {
@@ -327,9 +433,13 @@ _KINDS: dict[str, Callable[[Outcome, Params], Rule]] = {
     "rectified": _rectified,
     "censored": _censored,
     "additive": _additive,
-    "sign": _sign,
+    "sign": _probit,
+    "sign of": _sign,
+    "rectified exactly": _rectified_exactly,
+    "modulus exactly": _modulus_exactly,
     "probit": _probit,
-    "probit flipped": _flipped_probit,
+    "ordinal": _ordinal,
+    "quantised": _ordinal,
     "logistic": _logistic,
     "logistic flipped": _flipped_logistic,
     "poisson": _poisson,

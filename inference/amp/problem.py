@@ -88,7 +88,7 @@ class Problem:
         """VAMP on this map."""
         top = 1.0 - self.damping(_DAMPED_VAMP)
         return vamp.Problem(
-            self.operator, self.options.kind, self.choice.solver, top, min(0.05, top)
+            self.operator, self.options.kind, self.choice.solver, top, min(0.2, top)
         )
 
     def rules(self, params: Params, cavities: tuple[Tensor, ...]) -> Rules:
@@ -201,7 +201,10 @@ def _choice(operator: Operator, model: Model, options: AMP) -> Choice:
         found = found._replace(remove_means=options.means == "remove")
     if options.solver != "auto":
         found = found._replace(solver=options.solver)
-    return found._replace(variances=_variances(operator, model, options))
+    found = found._replace(variances=_variances(operator, model, options))
+    # The squares of a centred operator are always known, and scalar variances stall on it.
+    is_centred = found.variant == "gamp" and found.remove_means
+    return found._replace(variances="vector") if is_centred else found
 
 
 def _variances(operator: Operator, model: Model, options: AMP) -> Any:

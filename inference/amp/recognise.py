@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ppl.backend import Reason
-from ppl.distributions import Normal
+from ppl.distributions import MultivariateLaplace, Normal
 from ppl.graph import Factor, Graph, Node, Ref, Variable, refs
 from ppl.inference.amp.laws import reason as prior_reason
 from ppl.operations import POINTWISE
@@ -134,7 +134,7 @@ def _factor_reasons(graph: Graph) -> Iterator[Reason]:
                 "is a Markov chain of continuous values, and amp's priors are separable.",
                 "Write it through its innovations, x = cumsum(step); or use method='gbp'.",
             )
-        elif f.law is not None and f.law.family.event_dim > 0:
+        elif f.law is not None and f.law.family.event_dim > 0 and not _is_vector_prior(graph, f):
             yield Reason(
                 f.name,
                 f"{f.law} is a joint law of several numbers, and amp's rules are scalar.",
@@ -146,6 +146,13 @@ def _factor_reasons(graph: Graph) -> Iterator[Reason]:
         )
     if not graph.latents:
         yield Reason("", "the model has no latent.", "Use method='qem' to learn params alone.")
+
+
+def _is_vector_prior(graph: Graph, factor: Factor) -> bool:
+    """Whether a joint law is one of those that a rule exists for: the group Lasso's."""
+    assert factor.law is not None
+    is_latent = factor.kind == "conditional" and _role(graph, factor) == "latent"
+    return is_latent and type(factor.law.family) is MultivariateLaplace
 
 
 def _site_reasons(graph: Graph) -> Iterator[Reason]:

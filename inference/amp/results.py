@@ -15,8 +15,10 @@ from ppl.errors import DataError, NumericalError, nearest
 from ppl.inference.amp import structure as gates
 from ppl.inference.amp.coefficients import Block, Params
 from ppl.inference.amp.draws import drawn, slab_of
+from ppl.inference.amp.elements import described
 from ppl.inference.amp.forecast import predicted
 from ppl.inference.amp.learning import Pseudo
+from ppl.inference.amp.outcomes import Seen
 from ppl.inference.amp.problem import Problem
 from ppl.inference.amp.rules.mixtures import Discrete
 from ppl.inference.amp.rules.priors import Gaussian, Sparse
@@ -27,16 +29,14 @@ from ppl.marginals import Marginal
 from ppl.posterior import Evidence, Posterior
 from ppl.streams import Streams
 
-_POINTS = 32  # of the slab, in the marginal of a spike and slab
-_KEPT_WHOLE = 100_000  # scalars above which a spike and slab is kept by its moments alone
 _MANY = 0.2  # share of refused sweeps that is worth a warning
 
 
 class AMPPosterior(Posterior):
     """A posterior of message passing: independent elements given the gates.
 
-    Means and standard deviations are those of the exact law of each element; quantiles of a spike and slab know the
-    point mass, all others are those of a Gaussian.
+    Means, standard deviations and quantiles are those of the law of each element given its pseudo-observation: with the
+    point mass of a spike, and cut at the edges of the support.
 
     Attributes:
         variant: ``"gamp"`` or ``"vamp"``, and why.
@@ -164,42 +164,7 @@ def _marginal(
     latent = problem.bound.graph.variables[block.mixed.latent]
     if latent.is_discrete:
         return mg.Table(_table(rule, r, vr, shaped))
-    if problem.options.kind == "sum" and isinstance(rule, Sparse) and r.numel() <= _KEPT_WHOLE:
-        slab = slab_of(rule).moments(r, vr)
-        share = rule.inclusion(r, vr)
-        prior = slab_of(rule).prior_moments() if block.mixed.gate else None
-        elsewhere = None if prior is None else [shaped(x) for x in prior]
-        return _spiked(shaped(share), shaped(slab.mean), shaped(slab.variance), elsewhere)
-    if block.mixed.gate and isinstance(rule, Sparse):
-        mean, variance = _ungated(rule, r, vr)
-        return mg.Gaussian(shaped(mean), shaped(variance.sqrt()))
-    return mg.Gaussian(shaped(answer.mean), shaped(answer.variance.clamp(min=0.0).sqrt()))
-
-
-def _spiked(
-    share: Tensor, mean: Tensor, variance: Tensor, elsewhere: list[Tensor] | None
-) -> mg.Weighted:
-    """Points of the slab, and zero; or, for a factor that a gate switches off, points of its own prior."""
-    levels = (torch.arange(_POINTS, dtype=share.dtype, device=share.device) + 0.5) / _POINTS
-    steps = torch.special.ndtri(levels)
-    steps = (steps / steps.square().mean().sqrt()).reshape(-1, *(1,) * share.ndim)
-    points = mean + variance.sqrt() * steps
-    weights = (share / _POINTS).expand_as(points)
-    if elsewhere is None:
-        rest, others = torch.zeros_like(points[:1]), (1 - share).unsqueeze(0)
-    else:
-        rest = elsewhere[0] + elsewhere[1].sqrt() * steps
-        others = ((1 - share) / _POINTS).expand_as(rest)
-    return mg.Weighted(torch.cat([points, rest]), torch.cat([weights, others]))
-
-
-def _ungated(rule: Sparse, r: Tensor, vr: Tensor) -> tuple[Tensor, Tensor]:
-    """Moments of a factor that a gate multiplies: its prior where the gate is off."""
-    slab, share = slab_of(rule), rule.inclusion(r, vr)
-    on, (mean, variance) = slab.moments(r, vr), slab.prior_moments()
-    centre = share * on.mean + (1 - share) * mean
-    spread = share * on.variance + (1 - share) * variance
-    return centre, spread + share * (1 - share) * (on.mean - mean).square()
+    return described(rule, answer, r, vr, shaped, is_product=bool(block.mixed.gate))
 
 
 def _table(rule: Rule, r: Tensor, vr: Tensor, shaped: Callable[[Tensor], Tensor]) -> Tensor:
@@ -258,11 +223,21 @@ def _variant(problem: Problem, state: State) -> str:
     return f"{name}: {problem.choice.why}{means}"
 
 
+def _rule_names(problem: Problem, best: _Best) -> str:
+    """Which scalar rule each latent and each observed site has."""
+    model = problem.model
+    rules = [*model.priors(best.params, best.cavities), *model.channels(best.params)]
+    names = [*(b.mixed.name for b in model.blocks), *(o.site for o in model.outcomes)]
+    inner = [r.rule if isinstance(r, Seen) else r for r in rules]
+    return ", ".join(f"{n}: {type(r).__name__}" for n, r in zip(names, inner, strict=True))
+
+
 def _diagnostics(problem: Problem, state: State, best: _Best) -> Diagnostics:
     m, n = problem.operator.shape
     notes: dict[str, object] = {
         "variant": _variant(problem, state),
         "map": f"{problem.operator.kind}, {m} rows, {n} coefficients",
+        "rules": _rule_names(problem, best),
         "refused": f"{int(state.refused.max())} messages or sweeps refused",
     }
     if best.agreement:
@@ -278,7 +253,7 @@ def _diagnostics(problem: Problem, state: State, best: _Best) -> Diagnostics:
             f"diverged at sweep {state.ended}: no smaller step is accepted, and this is the last accepted state. "
             f"Use {remedy}"
         )
-    elif float(state.refused.max()) > _MANY * max(state.sweep, 10):
+    elif float(state.refused.max()) > _MANY * max(state.sweep, 50):
         warnings.append(
             f"{int(state.refused.max())} messages or sweeps were refused in {state.sweep} sweeps; the fixed point may be "
             "a poor approximation"

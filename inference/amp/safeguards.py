@@ -44,7 +44,7 @@ class Control(NamedTuple):
     """Memory of the step control; every field ``[*batch, .]``."""
 
     step_size: Tensor  # [*batch, 1]
-    objectives: Tensor  # [*batch, 5]: of the last accepted steps, inf before the first
+    objectives: Tensor  # [*batch, 5]: of the last accepted steps, -inf before the first
     gaps: Tensor  # [*batch, 5]: squared distance of the two beliefs, likewise
     refused: Tensor  # [*batch, 1]: steps refused so far
     in_a_row: Tensor  # [*batch, 1]: of these, since the last accepted one
@@ -79,7 +79,7 @@ def choose(operator: Operator, *, factor_limit: int = 6000) -> Choice:
         operator: the linear map.
         factor_limit: largest ``min(m, n)`` whose Gram matrix is factorised.
 
-    Source: amp.md 10; the edge of the i.i.d. spectrum is ``(1 + sqrt(n / m))^2`` [MarchenkoPastur1967].
+    Source: the edge of the i.i.d. spectrum is ``(1 + sqrt(n / m))^2`` [MarchenkoPastur1967].
 
     >>> from ppl.inference.amp.operators import dense
     >>> choose(dense(torch.randn(200, 400, generator=torch.Generator().manual_seed(0)))).variant
@@ -125,13 +125,13 @@ def run(
 def start_control(like: Tensor, step_size: float, window: int = 5) -> Control:
     """A control that has seen nothing, for the batch axes of ``like [*batch, n]``."""
     column = like.new_zeros(*like.shape[:-1], 1)
-    infinite = like.new_full((*like.shape[:-1], window), torch.inf)
-    return Control(column + step_size, infinite, infinite, column, column)
+    empty = like.new_full((*like.shape[:-1], window), -torch.inf)
+    return Control(column + step_size, empty, empty, column, column)
 
 
 def judge(
     control: Control,
-    objective: Tensor,
+    objective: Tensor | None,
     gap: Tensor,
     finite: Tensor,
     bounds: tuple[float, float],
@@ -145,7 +145,7 @@ def judge(
 
     Args:
         control: memory before the step.
-        objective: of the step ``[*batch, 1]``; inf if only the gap counts.
+        objective: of the step ``[*batch, 1]``; None if only the gap counts.
         gap: of the step ``[*batch, 1]``.
         finite: bool ``[*batch, 1]``.
         bounds: smallest and largest step size.
@@ -154,26 +154,32 @@ def judge(
     Returns:
         Accepted, bool ``[*batch, 1]``, and the new memory.
 
-    Source: [Vila2015] section III.  Differs from it and from amp.md 6.3, which have no gap: before the
+    Source: [Vila2015] section III.  Differs from it, which has no gap: before the
     beliefs agree, J can fall below its value at the fixed point, and rise from there on the right way.
     """
-    slack = torch.where(objective.isfinite(), _SLACK * objective.abs(), 0.0)
-    lower = (objective < torch.inf) & (objective <= _worst(control.objectives) + slack)
-    accepted = finite & (lower | (gap <= _GAP_SLACK * _worst(control.gaps)))
-    shrunk = (control.step_size * rates[0]).clamp(min=bounds[0])
+    worst = control.gaps.amax(-1, keepdim=True)
+    good = (gap <= _GAP_SLACK * worst) | (worst == -torch.inf)
+    objectives = control.objectives
+    if objective is not None:
+        worst = objectives.amax(-1, keepdim=True)
+        good |= (objective <= worst + _SLACK * worst.abs()) | (worst == -torch.inf)
+        objectives = _moved(objectives, torch.where(objective < torch.inf, objective, -torch.inf))
+    accepted = finite & good
     grown = (control.step_size * rates[1]).clamp(max=bounds[1])
-    return accepted, Control(
-        torch.where(accepted, grown, shrunk),
-        torch.where(accepted, _moved(control.objectives, objective), control.objectives),
-        torch.where(accepted, _moved(control.gaps, gap), control.gaps),
-        control.refused + ~accepted,
-        torch.where(accepted, 0.0, control.in_a_row + 1.0),
+    gaps, none = _moved(control.gaps, gap), torch.zeros_like(control.in_a_row)
+    on = Control(grown, objectives, gaps, control.refused, none)
+    if bool(accepted.all()):
+        return accepted, on
+    shrunk = (control.step_size * rates[0]).clamp(min=bounds[0])
+    back = control._replace(
+        step_size=shrunk, refused=control.refused + 1.0, in_a_row=control.in_a_row + 1.0
     )
+    return accepted, select(accepted, on, back)
 
 
 def forget_objectives(control: Control) -> Control:
     """The same control with nothing to compare with: after new parameters objectives cannot be compared."""
-    empty = torch.full_like(control.objectives, torch.inf)
+    empty = torch.full_like(control.objectives, -torch.inf)
     return control._replace(objectives=empty, gaps=empty)
 
 
@@ -192,8 +198,8 @@ def all_finite(*tensors: Tensor) -> Tensor:
 
     One sum a tensor: what is not finite survives it, and what overflows in it is refused as well.
     """
-    sums = torch.broadcast_tensors(*(each.sum(-1, keepdim=True) for each in tensors))
-    return torch.stack(sums).isfinite().all(0)
+    total = sum(each.sum(-1, keepdim=True) for each in tensors)
+    return total.abs() < torch.inf  # type: ignore[union-attr]
 
 
 def select(accepted: Tensor, new: State, old: State) -> State:
@@ -206,13 +212,6 @@ def select(accepted: Tensor, new: State, old: State) -> State:
             for a, b in zip(new, old, strict=True)
         )
     )
-
-
-def _worst(window: Tensor) -> Tensor:
-    """Largest value seen, inf if there is none ``[*batch, 1]``."""
-    seen = window.isfinite()
-    worst = torch.where(seen, window, -torch.inf).amax(-1, keepdim=True)
-    return torch.where(seen.any(-1, keepdim=True), worst, torch.inf)
 
 
 def _moved(window: Tensor, value: Tensor) -> Tensor:

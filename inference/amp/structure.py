@@ -17,7 +17,7 @@ Given the pseudo-observations the graph of the gates is what the contraction eng
 value of its gates gets the log normaliser of the rule under that value; what comes back, without the element's
 own part, is its activity in the next sweep.
 
-Source: amp.md 11 (15) and 12; the turbo idea [Schniter2010].
+Source: [Schniter2010], the turbo idea; every bit by its extrinsic log-odds.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from ppl.inference.contract import Chain, Layout, LogFactor, PlateSpec, make_pla
 from ppl.lower import Compiler, Lowered
 from ppl.passes import upstream
 
-CLIP = 30.0  # of log-odds that an element receives; amp.md 11
+CLIP = 30.0  # of log-odds that an element receives
 _CLIP_SUM = (
     300.0  # of summed evidence inside the contraction, so that its inverse does not underflow
 )
@@ -201,7 +201,7 @@ def exchange(
         evidence: log normalisers ``[R, B, k, V]`` of each set of elements, by joint value of its gates.
         sweep: large groups let their evidence in over the first ten.
 
-    Source: amp.md (15); tempering and clips, amp.md 11.
+    Source: [Schniter2010]; tempering and clips are this module's own.
     """
     shares = [_temper(e, sweep) for e in s.elements]
     relative = [u - u[..., :1] for u in evidence]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,21 +13,32 @@ from ppl.backend import Info
 from ppl.inference.amp import gamp, vamp
 from ppl.inference.amp import structure as gates
 from ppl.inference.amp.learning import Ascent, Pseudo, Rules, learned, start_ascent
+from ppl.inference.amp.options import AMP
 from ppl.inference.amp.problem import Problem, prior_moments
 from ppl.inference.amp.rules.record import Rule
 
 _NEW_MODEL = 1e-2  # relative change of a param after which objectives are not comparable
-_PATIENCE, _SMALLEST_CAP = 25, 0.05  # sweeps without progress; smallest cap on the step
 _FEWEST = 5  # sweeps: a mode that starts at zero may stay there for one or two
 _SPREAD = 0.5  # of the start of restarts, in prior standard deviations
+_FLAT, _CREEPS = 0.1, 20  # nats, and sweeps within them, after which a run has nothing to gain
+_METRICS = ("objective", "change", "step_size", "mse", "refused")
 
 
-class Stall(NamedTuple):
-    """Whether the run still comes closer to its fixed point."""
+class Flat(NamedTuple):
+    """Whether the evidence still moves."""
 
-    cap: float  # largest step from now on, as a share of the largest at the start
-    best: float  # smallest change since the cap was set
-    since: int  # sweeps since it got smaller
+    reference: float  # nats
+    since: int  # sweeps that it has been near the reference
+
+
+class Seen(NamedTuple):
+    """What the host reads of a sweep."""
+
+    diverged: bool
+    accepted: bool  # by any restart or right-hand side
+    largest: float  # change of any of them
+    moved: float  # largest relative change of a param
+    metrics: dict[str, float]  # of the best restart
 
 
 class State(NamedTuple):
@@ -41,7 +51,7 @@ class State(NamedTuple):
     objective: Tensor  # [R, B] nats, of the last accepted sweep
     refused: Tensor  # [R, B]
     sweep: int
-    stall: Stall
+    flat: Flat
     switched: int  # sweep at which GAMP was given up for VAMP; 0: it was not
     ended: int  # sweep at which nothing finite was left to try; 0: never
 
@@ -59,51 +69,47 @@ def init(problem: Problem) -> State:
     inner = _start(problem, problem.choice.variant, mean, variance)
     zero = mean.new_zeros(mean.shape[:2])
     ascent = start_ascent(problem.learner, params)
-    stall = Stall(1.0, math.inf, 0)
-    return State(inner, params, ascent, cavities, zero + torch.inf, zero, 0, stall, 0, 0)
+    return State(
+        inner, params, ascent, cavities, zero + torch.inf, zero, 0, Flat(math.inf, 0), 0, 0
+    )
 
 
 def step(problem: Problem, state: State, batch: object) -> tuple[State, Info]:
     """One sweep, one exchange with the gates, one M-step."""
     if state.ended:
-        return state, _info(problem, state, torch.ones_like(state.objective) * torch.inf, 0.0, 0.0)
+        return state, Info({}, done=True)
     with torch.no_grad():
         return _step(problem, state)
 
 
 def _step(problem: Problem, state: State) -> tuple[State, Info]:
+    """The sweep, and what would follow if it is accepted; the host reads all it decides on at once."""
     module, inner_problem = algorithm(problem, state)
-    top = max(state.stall.cap * inner_problem.max_step, inner_problem.min_step)
-    inner_problem = replace(inner_problem, max_step=top)
     rules = problem.rules(state.params, state.cavities)
     prior, channel = _wide(problem, state, rules)
     inner, info = module.step(inner_problem, state.inner, prior, channel)
-    sweep = state.sweep + 1
     objective = torch.where(info.accepted, info.objective, state.objective)
-    stall = _stalled(state.stall, float(info.change.max()))
     state = state._replace(
-        inner=inner, objective=objective, refused=info.refused, sweep=sweep, stall=stall
+        inner=inner, objective=objective, refused=info.refused, sweep=state.sweep + 1
     )
-    if bool(info.diverged.any()):
-        return _diverged(problem, state, info)
-    if not bool(info.accepted.any()):  # nothing new to learn from
-        return state, _info(problem, state, info.change, torch.inf, info.step_size.min())
     at = pseudo(problem, state)
-    state, turned = _exchanged(problem, state, at)
-    state, moved = _learned(problem, state, at, rules, turned)
-    return state, _info(problem, state, info.change, moved, info.step_size.min())
+    after, tables = _exchanged(problem, state, at)
+    after, moved = _learned(problem, after, at, rules, tables)
+    seen = _seen(problem, after, info, moved)
+    if seen.diverged:
+        return _diverged(problem, state, seen)
+    if not seen.accepted:  # nothing new to learn from
+        return state, _info(problem, state, seen._replace(moved=math.inf))
+    if seen.moved > _NEW_MODEL:
+        after = after._replace(inner=module.forget(after.inner))
+    after = after._replace(flat=_flattened(state.flat, seen.metrics["objective"]))
+    return after, _info(problem, after, seen)
 
 
-def _stalled(stall: Stall, change: float) -> Stall:
-    """Half the largest step where the change has not got smaller for a while: the run goes in circles.
-
-    The control of the objective does not see a circle whose points are about as good as each other.
-    """
-    if change < 0.9 * stall.best:
-        return Stall(stall.cap, change, 0)
-    if stall.since < _PATIENCE:
-        return stall._replace(since=stall.since + 1)
-    return Stall(max(0.5 * stall.cap, _SMALLEST_CAP), math.inf, 0)
+def _flattened(flat: Flat, objective: float) -> Flat:
+    if abs(objective - flat.reference) <= _FLAT:
+        return flat._replace(since=flat.since + 1)
+    return Flat(objective, 0)
 
 
 def _wide(problem: Problem, state: State, rules: Rules) -> tuple[Rule, Rule]:
@@ -137,52 +143,59 @@ def _learned(
 ) -> tuple[State, Tensor | float]:
     """One M-step, and the largest relative change of a param."""
     if not problem.learner.names or state.sweep < problem.options.learn_from:
-        return state, torch.inf if problem.learner.names else 0.0
-    new, ascent = learned(problem.learner, state.params, state.ascent, at, rules, tables)
-    moved = [
-        ((new[n] - state.params[n]).abs() / (state.params[n].abs() + 1e-8)).amax()
-        for n in problem.learner.names
-    ]
-    largest = torch.stack(moved).amax()
-    inner = state.inner
-    if float(largest) > _NEW_MODEL:
-        inner = algorithm(problem, state)[0].forget(inner)
-    return state._replace(params=new, ascent=ascent, inner=inner), largest
+        return state, math.inf if problem.learner.names else 0.0
+    new, ascent, moved = learned(problem.learner, state.params, state.ascent, at, rules, tables)
+    return state._replace(params=new, ascent=ascent), moved
 
 
-def _diverged(problem: Problem, state: State, info: Any) -> tuple[State, Info]:
+def _diverged(problem: Problem, state: State, seen: Seen) -> tuple[State, Info]:
     """Go over to VAMP, or stop at the last accepted sweep."""
     options = problem.options
     if options.variant == "auto" and options.switch and not is_vamp(problem, state):
         mean, variance = prior_moments(problem, problem.params, state.cavities)
         inner = _start(problem, "vamp", mean, variance)
         state = state._replace(inner=inner, params=dict(problem.params), switched=state.sweep)
-        state = state._replace(stall=Stall(1.0, math.inf, 0))
-        return state, _info(problem, state, info.change, torch.inf, 1.0)
+        return state, _info(problem, state, seen._replace(moved=math.inf))
     state = state._replace(ended=state.sweep)
-    return state, _info(problem, state, info.change, torch.inf, info.step_size.min())
+    return state, _info(problem, state, seen._replace(moved=math.inf))
 
 
-def _info(
-    problem: Problem, state: State, change: Tensor, moved: Tensor | float, step_size: Tensor | float
-) -> Info:
+def _seen(problem: Problem, state: State, info: Any, moved: Tensor | float) -> Seen:
+    """Everything that the host wants to know of a sweep, in one read."""
+    objective, spread = state.objective, variance(problem, state)
+    arrays = [objective, info.change, spread, state.refused]
+    names = [n for n in problem.learner.names if math.prod(state.params[n].shape[1:]) == 1]
+    arrays += [state.params[n] for n in names]
+    if problem.restarts > 1:  # they are alternatives: what is shown is the best of them
+        best = objective.sum(1).argmin().unsqueeze(0)
+        arrays = [x[best] for x in arrays]
+    shown = [arrays[0].sum(), arrays[1].amax(), info.step_size.amin(), arrays[2].mean(),
+             arrays[3].amax(), *(x.sum() for x in arrays[4:])]  # fmt: skip
+    flags = [info.diverged.any(), info.accepted.any()]
+    flags = [*(x.to(objective.dtype) for x in flags), info.change.amax()]
+    moving = [moved] if isinstance(moved, Tensor) else []
+    numbers = torch.stack([*flags, *shown, *moving]).tolist()
+    largest = numbers.pop() if isinstance(moved, Tensor) else moved
+    metrics = dict(zip((*_METRICS, *names), numbers[len(flags) :], strict=True))
+    return Seen(bool(numbers[0]), bool(numbers[1]), numbers[2], largest, metrics)
+
+
+def _info(problem: Problem, state: State, seen: Seen) -> Info:
     tolerance = problem.settings.tol or problem.options.tolerance
-    settled = state.sweep >= _FEWEST and bool((change <= tolerance).all())
+    settled = state.sweep >= _FEWEST and seen.largest <= tolerance
     ramp = problem.model.structure is None or state.sweep > 12
-    still = float(moved) <= max(10 * tolerance, 1e-5)
-    # Restarts are alternatives: what is shown is the best of them.
-    best = int(state.objective.sum(1).argmin())
-    metrics = {
-        "objective": float(state.objective[best].sum()),
-        "change": float(change[best].max()),
-        "step_size": float(step_size),
-        "mse": float(variance(problem, state)[best].mean()),
-        "refused": float(state.refused[best].max()),
-    }
-    for name in problem.learner.names:
-        if state.params[name][best].numel() == 1:
-            metrics[name] = float(state.params[name][best])
-    return Info(metrics, done=bool(state.ended) or (settled and still and ramp))
+    still = seen.moved <= max(10 * tolerance, 1e-5)
+    done = settled and still and ramp
+    return Info(seen.metrics, done=bool(state.ended) or done or is_creeping(problem, state))
+
+
+def is_creeping(problem: Problem, state: State) -> bool:
+    """Whether a run goes on although the evidence says that nothing is to be gained: along the scale that signs leave open.
+
+    Runs with a tolerance of the user's go on until they meet it.
+    """
+    asked = problem.settings.tol is not None or problem.options.tolerance != AMP.tolerance
+    return problem.options.kind == "sum" and not asked and state.flat.since >= _CREEPS
 
 
 # ---- what the result reads ---------------------------------------------------------------------

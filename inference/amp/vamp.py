@@ -8,8 +8,11 @@ linear regression: its extrinsic message is the data and the noise precision, al
 The linear problem needs ``(A A' + c I)^-1`` alone, in the smaller of its two forms: by eigenvectors computed once, or
 by conjugate gradients started from the last solution, with traces from the Lanczos picture of the spectrum.
 
-Sources: [Rangan2019] algorithms 2 and 3; [Schniter2016] for the channel.  Differs in form from amp.md (6), (7), which
-write the linear step with the SVD.
+Near the edge of what the data can tell, an undamped iteration circles around its fixed point for hundreds of steps.
+So the step size follows what two successive steps say of the slope: one where the iteration creeps, less where it turns.
+
+Sources: [Rangan2019] algorithms 2 and 3, which write the linear step with the SVD; [Schniter2016] for the channel;
+[BarzilaiBorwein1988] for the step size, ``<dx, dg> / <dg, dg>``.
 """
 
 from __future__ import annotations
@@ -45,6 +48,8 @@ _ALPHA = 1e-10  # a message keeps at least this share of the precision, and at m
 _LARGE = 1e11  # limit of a precision, in units of its prior value, and of its inverse
 _WEAK = 1e-3  # precision of the first message into the prior, likewise
 _RATES = (0.8, 1.0)  # of the step size after a refused and an accepted step
+_TUNING = 0.15  # share, on a log scale, of the best step size of the last two steps in the next one
+_LOWEST = 0.6  # to which tuning may take it; refused steps alone take it below
 _NEGLIGIBLE = 1e-6  # share of the posterior variance below which the two beliefs count as agreed
 
 
@@ -82,6 +87,10 @@ class State(NamedTuple):
     kept: (
         Tensor  # [*batch, 1]: extrinsic messages of negative precision, which kept their old value
     )
+    residual: (
+        Tensor  # [*batch, n]: by how much to_prior.mean would have moved in the last step, undamped
+    )
+    used: Tensor  # [*batch, 1]: step size of the last step; 0: there was none to compare with
     control: Control
 
 
@@ -118,6 +127,8 @@ def init(problem: Problem, mean: Tensor, variance: Tensor) -> State:
         mean.new_zeros(*mean.shape[:-1], min(operator.shape)),
         scale,
         torch.zeros_like(scale),
+        torch.zeros_like(mean),
+        torch.zeros_like(scale),
         start_control(mean, problem.max_step),
     )
 
@@ -131,18 +142,14 @@ def step(problem: Problem, state: State, prior: Rule, channel: Rule) -> tuple[St
         prior: rule of the coefficients; may differ from step to step.
         channel: rule of the outputs, with the data; likewise.
 
-    Source: amp.md (7).
+    Source: [Schniter2016] algorithm 1; [Rangan2019] algorithm 3 where the channel is Gaussian.
     """
     tried, objective, gap = _tried(problem, state, prior, channel)
     finite = all_finite(*tried[:2], *tried.to_prior, *tried.to_channel, gap)
-    accepted, control = judge(
-        state.control,
-        torch.full_like(gap, torch.inf),
-        gap,
-        finite,
-        (problem.min_step, problem.max_step),
-        _RATES,
-    )
+    bounds = (problem.min_step, problem.max_step)
+    accepted, control = judge(state.control, None, gap, finite, bounds, _RATES)
+    tuned = torch.where(accepted, _tuned(problem, state, tried), control.step_size)
+    control = control._replace(step_size=tuned)
     kept = select(accepted, tried, state)._replace(control=control)
     moved = torch.linalg.vector_norm(tried.mean - state.mean, dim=-1, keepdim=True)
     length = torch.linalg.vector_norm(tried.mean, dim=-1, keepdim=True)
@@ -160,8 +167,9 @@ def step(problem: Problem, state: State, prior: Rule, channel: Rule) -> tuple[St
 
 
 def forget(state: State) -> State:
-    """Forget the objectives of the past: after new parameters they cannot be compared."""
-    return state._replace(control=forget_objectives(state.control))
+    """Forget what steps of the past are compared by: after new parameters they cannot be compared."""
+    unused = torch.zeros_like(state.used)
+    return state._replace(control=forget_objectives(state.control), used=unused)
 
 
 def prior_input(state: State) -> tuple[Tensor, Tensor]:
@@ -186,6 +194,7 @@ def _tried(
     )
     linear = solve_linear(problem, state.from_prior, from_channel, state.solution)
     back, lost_a = _extrinsic(linear.mean, linear.variance, state.from_prior, state.to_prior, unit)
+    residual = back.mean - state.to_prior.mean
     to_prior = _damped(state.to_prior, back, beta)
     back, lost_b = _extrinsic(
         linear.image, linear.image_variance, from_channel, state.to_channel, unit_z
@@ -202,6 +211,8 @@ def _tried(
         linear.solution,
         state.scale,
         state.kept + lost_x + lost_z + lost_a + lost_b,
+        residual,
+        beta,
         state.control,
     )
     floor = _NEGLIGIBLE * tried.variance.mean(-1, keepdim=True)
@@ -210,6 +221,21 @@ def _tried(
         image = problem.operator.mv(x.mean)
         return tried, map_objective(*prior_input(tried), x, channel.log_prob(image)), gap
     return tried, _free_energy(problem, tried, state, x, z, linear), gap
+
+
+def _tuned(problem: Problem, state: State, tried: State) -> Tensor:
+    """Step size of the next step ``[*batch, 1]``.
+
+    A step of size ``b`` along the residual ``f`` changes it to ``f + b (J - 1) f``, for the slope ``J`` of the
+    undamped iteration.  The size that would have left the least of it, ``b <f, f - f'> / |f - f'|^2``, is about
+    1 where the iteration creeps (``J`` near 1 asks for more) and less where it turns (``J`` negative or complex).
+    """
+    beta, change = tried.used, state.residual - tried.residual
+    size = change.square().sum(-1, keepdim=True).clamp(min=torch.finfo(change.dtype).tiny)
+    best = state.used * (state.residual * change).sum(-1, keepdim=True) / size
+    best = torch.where(state.used > 0.0, best.clamp(min=problem.min_step), beta)
+    lowest = beta.clamp(max=_LOWEST)
+    return torch.maximum(beta * (best / beta) ** _TUNING, lowest).clamp(max=problem.max_step)
 
 
 def _free_energy(
@@ -302,7 +328,7 @@ def _extrinsic(
     """A belief without the message that came in; the old message where no proper one remains.
 
     With ``alpha = variance * incoming.precision``: precision ``incoming.precision (1 / alpha - 1)`` and mean
-    ``(mean - alpha incoming.mean) / (1 - alpha)``, amp.md (6).  A belief wider than the incoming message
+    ``(mean - alpha incoming.mean) / (1 - alpha)``, [Rangan2019] algorithm 2.  A belief wider than the incoming message
     (alpha > 1) happens with priors and channels that are not log-concave.
     """
     alpha = variance.mean(-1, keepdim=True) * incoming.precision

@@ -6,19 +6,20 @@ Elements and rows are matched by their positions in their plates; new ones stand
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ppl.errors import DataError
 from ppl.inference.gbp.kernel import begin, started
-from ppl.inference.gbp.layout import attending
+from ppl.inference.gbp.layout import opened
 from ppl.inference.gbp.problem import Problem
 from ppl.inference.gbp.relinearise import at_means
 from ppl.inference.gbp.state import State
 from ppl.inference.gbp.structure import positions
 from ppl.inference.groups import Group
-from ppl.inference.groups.propagation import propagate
+from ppl.inference.groups.growth import grown_points, lagging, newcomers, places
 from ppl.inference.numerics.gaussian import Gaussian
 
 
@@ -49,61 +50,23 @@ def extend(
                 _placed(m, at, o)
                 for m, o in zip(messages[new.name], charts.messages[old.name], strict=True)
             )
-        if lag:
-            masks = open_rows(new_problem, lag)
-            new_problem.kept["open rows"] = attending(new_problem.edges, masks)
         run = state.run._replace(damping=old_state.run.damping, policy=old_state.run.policy)
         return started(new_problem, state.charts._replace(messages=messages), run)
 
 
-def _points(old: Problem, known: Mapping[str, Tensor], new: Problem) -> dict[str, Tensor]:
-    """Old elements where they are; new ones where factors place them from these, else at their start values."""
-    groups = new.groups
-    points, placed = groups.start(dict(new.options.start or {})), {}
-    for name, family in groups.families.items():
-        placed[name] = torch.ones(family.count, dtype=torch.bool, device=groups.like.device)
-        if name in old.groups.families:
-            at = places(old.groups.families[name].sizes, family.sizes).to(groups.like.device)
-            points[name] = points[name].index_copy(0, at, known[name])
-            if new.moving:
-                placed[name] = torch.zeros_like(placed[name]).index_fill(0, at, True)
-    return propagate(groups, points, placed)
-
-
-def places(old: Sequence[int], new: Sequence[int]) -> Tensor:
-    """Where the elements of plates of sizes ``old`` stand in grown plates.
-
-    >>> places((2, 2), (3, 4))
-    tensor([0, 1, 4, 5])
-    """
-    if len(old) != len(new) or any(a > b for a, b in zip(old, new, strict=True)):
-        raise DataError(
-            f"extend: plates of sizes {list(old)} cannot have become {list(new)}: plates only grow. "
-            "Fit the new data by itself with prior=posterior."
-        )
-    grid = torch.arange(int(torch.tensor(list(new), dtype=torch.long).prod())).reshape(list(new))
-    return grid[tuple(slice(0, n) for n in old)].reshape(-1)
-
-
-def open_rows(problem: Problem, lag: Mapping[str, int]) -> dict[str, Tensor]:
-    """Masks ``[F]`` of the rows that touch one of the last ``lag[plate]`` elements of a plate."""
+def open_rows(old: Problem, new: Problem, lag: Mapping[str, int]) -> dict[str, Tensor]:
+    """Masks ``[F]`` of the rows that are new or touch one of the last ``lag[plate]`` elements of a plate."""
+    first = lagging(new.groups.families, lag)
+    before = {g.name: g for g in old.edges}
     found = {}
-    sizes = {
-        p: s
-        for f in problem.groups.families.values()
-        for p, s in zip(f.plates, f.sizes, strict=True)
-    }
-    unknown = [plate for plate in lag if plate not in sizes]
-    if unknown:
-        raise DataError(
-            f"extend(lag=...): no latent lies in plate '{unknown[0]}'. Plates: {', '.join(sizes)}."
-        )
-    for group in problem.edges:
+    for group in new.edges:
         mask = torch.ones(group.rows, dtype=torch.bool, device=group.slots[0].index.device)
-        for plate, count in lag.items():
+        for plate, position in first.items():
             ends = positions(group, plate)
             if ends is not None:
-                mask &= ends[1] >= sizes[plate] - count
+                mask &= ends[1] >= position
+        if group.name in before:
+            mask |= newcomers(before[group.name].sizes, group.sizes).to(mask.device)
         found[group.name] = mask
     return found
 

@@ -96,7 +96,7 @@ def finished(problem: Problem, state: State) -> Final:
         models[group.name], dropped = made.model, dropped + made.dropped
     charts = charts._replace(models=models)
     zero = {n: torch.zeros_like(m) for n, m in means.items()}
-    rows = rows_of(problem, charts, zero, state.params, problem.options.graduate_rounds)
+    rows = rows_of(problem, charts, zero, state.params, problem.options.graduated_steps)
     prior = own_terms(problem, rows, zero, 0.0)
     if state.run.proximal:
         charts = charts._replace(messages=_unheld(problem, charts, rows, prior))

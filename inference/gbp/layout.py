@@ -128,6 +128,22 @@ def _attended(groups: FactorGroups, edges: Sequence[Group], options: GBP) -> Blo
     return attending(edges, masks)
 
 
+def opened(blocks: Sequence[Block], masks: Mapping[str, Tensor]) -> tuple[Block, ...]:
+    """The blocks of a round, without the rows that masks ``bool [F]`` by group close."""
+    kept = [[p for part in block if (p := _opened(part, masks[part.group.name]))] for block in blocks]
+    return tuple(tuple(block) for block in kept if block)
+
+
+def _opened(part: Part, mask: Tensor) -> Part | None:
+    group = part.group
+    rows = torch.arange(group.rows, device=mask.device)[part.rows]
+    here = mask[rows]
+    if bool(here.all()):
+        return part
+    at = rows[here & present(group)[rows]]
+    return make_part(group, at, group.slots, whole=False) if len(at) else None
+
+
 def attending(edges: Sequence[Group], masks: Mapping[str, Tensor]) -> Block:
     """The rows that masks ``bool [F]`` by group pick out; groups without a mask rest."""
     parts = []
@@ -143,4 +159,4 @@ def attending(edges: Sequence[Group], masks: Mapping[str, Tensor]) -> Block:
     return tuple(parts)
 
 
-__all__ = ["Block", "Part", "attending", "layout", "make_part", "ordered_plates"]
+__all__ = ["Block", "Part", "attending", "layout", "make_part", "opened", "ordered_plates"]

@@ -137,7 +137,7 @@ def _displaced(problem: Problem, state: State, change: float) -> bool:
 
 def graduation(problem: Problem, at: int) -> float:
     """Multiple of robust thresholds in round ``at``: shrinks geometrically to one [Yang2020]."""
-    start, rounds = problem.plan.graduate, problem.options.graduate_rounds
+    start, rounds = problem.plan.graduated, problem.options.graduated_steps
     return 1.0 if at >= rounds else start ** (1 - at / rounds)
 
 

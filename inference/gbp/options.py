@@ -51,9 +51,9 @@ class GBP:
         cure: restart with more damping, then with a proximal factor, when the messages diverge.
         matching: robust weights by the slope of the loss (``"gradient"``: iteratively reweighted least squares) or by its
             height (``"energy"``: other fixed points, those of the published methods).
-        graduate: start of a robust threshold that shrinks to the true one, as a multiple (graduated non-convexity); by
-            default 10 (40 for a truncated loss by slope) for losses that are not convex and 1 for the others.
-        graduate_rounds: number of rounds of that.
+        graduated: start robust thresholds this many times too wide and shrink them (graduated non-convexity). By default
+            10 where a kernel is not convex (40 for a truncated one by slope), and 1 (not at all) elsewhere.
+        graduated_steps: number of rounds until they have their own width.
         variance: ``"gbp"``: of the messages, wrong on loopy graphs, mostly too small; ``"check"``: these, with their measured
             ratio to exact ones; ``"exact"``: by a sparse solve; ``"auto"``: exact where that takes a second or two.
         start: first values by latent, ``[*plates, *event]``; prior means by default.
@@ -77,8 +77,8 @@ class GBP:
     proximal: float | None = None
     cure: bool = True
     matching: Literal["gradient", "energy"] = "gradient"
-    graduate: float | None = None
-    graduate_rounds: int = 60
+    graduated: float | None = None
+    graduated_steps: int = 60
     variance: Literal["auto", "gbp", "check", "exact"] = "auto"
     start: Mapping[str, Any] | None = None
     form: Literal["auto", "innovation", "schur"] = "auto"
@@ -103,6 +103,14 @@ class GBP:
                 raise ModelError(
                     f"GBP({name}=...): expected {low} <= {name} < {high}, got {value!r}."
                 )
+        if self.graduated is not None and not self.graduated >= 1:
+            raise ModelError(
+                f"GBP(graduated=...): expected a factor of at least 1, got {self.graduated!r}."
+            )
+        if not self.graduated_steps >= 1:
+            raise ModelError(
+                f"GBP(graduated_steps=...): expected at least 1, got {self.graduated_steps!r}."
+            )
         if not 0 < self.active <= 1:
             raise ModelError(f"GBP(active=...): expected 0 < active <= 1, got {self.active!r}.")
         whole = isinstance(self.relinearise, int) and self.relinearise >= 1

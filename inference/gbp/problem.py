@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class Plan:
     schedule: str
     damping: float
     relinearise: int | str
-    graduate: float
+    graduated: float
     reasons: tuple[str, ...]
 
 
@@ -52,7 +52,7 @@ class Problem:
     tol: float = 1e-3
     seed: int = 0
     settings: Settings | None = None
-    kept: dict[str, Block] = field(default_factory=dict, repr=False)  # rows left open by a lag
+    rests: bool = False  # whether a lag has closed rows
 
     @property
     def bound(self) -> Bound:
@@ -140,8 +140,8 @@ def _is_adrift(groups: FactorGroups, edges: Sequence[Group]) -> bool:
 
 
 def _graduation(groups: FactorGroups, options: GBP) -> float:
-    if options.graduate is not None:
-        return options.graduate
+    if options.graduated is not None:
+        return options.graduated
     kernels = [g.loss.kernel for g in groups.groups if isinstance(g.loss, Robust)]
     if all(k in _CONVEX for k in kernels):
         return 1.0

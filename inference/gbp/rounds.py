@@ -56,7 +56,7 @@ def run_round(
         rows: of every group with edges, weights included.
         setting: damping and randomness.
     """
-    blocks = tuple(problem.kept.values()) or problem.blocks
+    blocks = problem.blocks
     desk = Desk(problem, rows, setting, dict(messages), dict(beliefs), blocks)
     for block in blocks:
         _run(desk, block)

@@ -1,107 +1,33 @@
-"""Channels in closed form: Gaussian, any additive noise, probit, sign, intervals, censoring, folding.
+"""Channels in closed form: here those with a threshold, probit, sign, intervals (quantised, ordinal), censoring.
 
-``z`` is the linear predictor, ``N(z; p, vp)`` what the algorithm believes of it, ``y`` the data.
+``z`` is the linear predictor, ``N(z; p, vp)`` what the algorithm believes of it; the data say on which side of an
+edge, or between which two, ``z`` plus Gaussian noise lies.  Those with noise alone are in ``noise.py``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from ppl.inference.amp.rules.piecewise import Piece, Piecewise, combined, maximised, positive
+from ppl.inference.amp.rules.noise import AdditiveNoise, GaussianNoise, Modulus, ReLU
+from ppl.inference.amp.rules.piecewise import Piece, maximised, positive
 from ppl.inference.amp.rules.quadrature import maximum
-from ppl.inference.amp.rules.record import Moments, Rule, bounded, log_normal
+from ppl.inference.amp.rules.record import Moments, Rule, bounded
 from ppl.inference.amp.rules.truncation import half_line, interval, standardised
 
-
-@dataclass(frozen=True)
-class GaussianNoise(Rule):
-    """Channel ``y = z + N(0, variance)``.
-
-    >>> one = torch.ones(1, dtype=torch.float64)
-    >>> GaussianNoise(2 * one, one).moments(0 * one, one).mean
-    tensor([1.], dtype=torch.float64)
-    """
-
-    y: Tensor
-    variance: Tensor  # positive, one or one a row
-    learnable: ClassVar[tuple[str, ...]] = ("variance",)
-
-    def moments(self, r: Tensor, vr: Tensor) -> Moments:
-        vr = bounded(vr)
-        total, gap = self.variance + vr, self.y - r
-        mean = r + (vr / total) * gap
-        variance = (self.variance * (vr / total)).expand_as(mean)
-        return Moments(mean, variance, log_normal(gap, total))
-
-    def mode(self, r: Tensor, vr: Tensor) -> Moments:
-        found = self.moments(r, vr)
-        value = self.log_prob(found.mean) + log_normal(found.mean - r, bounded(vr))
-        return found._replace(log_z=value)
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        return log_normal(self.y - x, self.variance)
-
-    def statistics(self, r: Tensor, vr: Tensor) -> dict[str, Tensor]:
-        found = self.moments(r, vr)
-        return {"square": (self.y - found.mean).square() + found.variance}
-
-    def maximised(self, pooled: Mapping[str, Tensor], learn: Collection[str] | None = None) -> Self:
-        return self.replaced(learn, variance=positive(pooled["square"]))
-
-    def predict(self, p: Tensor, vp: Tensor) -> Tensor:
-        return p
-
-
-@dataclass(frozen=True)
-class AdditiveNoise(Rule):
-    """Channel ``y = z + noise`` whose noise follows any prior rule: Laplace, StudentT, mixtures, ...
-
-    The parameters of the noise are learned under their own names.
-    """
-
-    y: Tensor
-    noise: Rule
-
-    @property
-    def learnable(self) -> tuple[str, ...]:  # type: ignore[override]
-        return self.noise.learnable
-
-    @property
-    def trailing(self) -> int:  # type: ignore[override]
-        return self.noise.trailing
-
-    def moments(self, r: Tensor, vr: Tensor) -> Moments:
-        found = self.noise.moments(self.y - r, vr)
-        return found._replace(mean=self.y - found.mean)
-
-    def mode(self, r: Tensor, vr: Tensor) -> Moments:
-        found = self.noise.mode(self.y - r, vr)
-        return found._replace(mean=self.y - found.mean)
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        return self.noise.log_prob(self.y - x)
-
-    def statistics(self, r: Tensor, vr: Tensor) -> dict[str, Tensor]:
-        return self.noise.statistics(self.y - r, vr)
-
-    def maximised(self, pooled: Mapping[str, Tensor], learn: Collection[str] | None = None) -> Self:
-        return replace(self, noise=self.noise.maximised(pooled, learn))
-
-    def predict(self, p: Tensor, vp: Tensor) -> Tensor:
-        return p + self.noise.prior_moments()[0]
+__all__ = ["AdditiveNoise", "Censored", "GaussianNoise", "Interval", "Modulus", "Probit", "ReLU"]
 
 
 @dataclass(frozen=True)
 class Probit(Rule):
     """Channel ``P(y > 0 | z) = Phi(z / sqrt(variance))``; variance 0 is the sign channel.
 
-    Source: amp.md (4) and, for the learned variance, (9), pooled as ``E[noise^2]``.
+    The variance is learned from ``E[noise^2 | y]``, the noise being that of ``y = sign(z + noise)``.
 
     >>> rule = Probit(torch.ones(1).double(), torch.ones(()).double())
     >>> rule.moments(torch.zeros(1).double(), torch.ones(()).double()).mean
@@ -271,58 +197,6 @@ class Censored(Rule):
         ends = _weighed(torch.special.ndtr(low), self.low)
         ends = ends + _weighed(torch.special.ndtr(-high), self.high)
         return mass * (p + scale * (edge + cut.shift)) + ends
-
-
-@dataclass(frozen=True)
-class _Folded(Piecewise):
-    """``y = g(z) + N(0, variance)`` with ``g`` linear on either side of zero."""
-
-    y: Tensor
-    variance: Tensor  # not negative; 0 is held at the smallest usable number
-    learnable: ClassVar[tuple[str, ...]] = ("variance",)
-    slope: ClassVar[float] = 0.0  # of g left of zero
-
-    def pieces(self) -> tuple[Piece, ...]:
-        variance = bounded(self.variance)
-        constant = -0.5 * (2.0 * math.pi * variance).log()
-        right = Piece(constant, 0.0, 1.0 / variance, self.y, low=0.0)
-        if self.slope == 0.0:
-            return right, Piece(constant - 0.5 * self.y.square() / variance, high=0.0)
-        left = Piece(constant, 0.0, 1.0 / variance, self.y / self.slope, high=0.0)
-        return right, left
-
-    def statistics(self, r: Tensor, vr: Tensor) -> dict[str, Tensor]:
-        parts = self.parts(r, vr)
-        weights, slope = combined(parts)[1], self.slope
-        right, left = parts
-        residual = (self.y - right.mean).square() + right.variance
-        other = (self.y - slope * left.mean).square() + slope * slope * left.variance
-        return {"square": weights[0] * residual + weights[1] * other}
-
-    def maximised(self, pooled: Mapping[str, Tensor], learn: Collection[str] | None = None) -> Self:
-        return self.replaced(learn, variance=positive(pooled["square"]))
-
-    def predict(self, p: Tensor, vp: Tensor) -> Tensor:
-        scale = bounded(vp).sqrt()
-        t = p / scale
-        # E[max(z, 0)], and E[max(-z, 0)] = E[max(z, 0)] - p
-        density = torch.exp(-0.5 * t.square()) / math.sqrt(2.0 * math.pi)
-        positive_part = p * torch.special.ndtr(t) + scale * density
-        return positive_part - self.slope * (positive_part - p)
-
-
-@dataclass(frozen=True)
-class ReLU(_Folded):
-    """Channel ``y = max(z, 0) + N(0, variance)``."""
-
-    slope: ClassVar[float] = 0.0
-
-
-@dataclass(frozen=True)
-class Modulus(_Folded):
-    """Channel ``y = |z| + N(0, variance)`` for real ``z``: phase retrieval with signs lost."""
-
-    slope: ClassVar[float] = -1.0
 
 
 def _chosen(where: Tensor, one: Moments, other: Moments) -> Moments:

@@ -2,7 +2,7 @@
 
 Log-odds are kept, never probabilities: a probability of ``1 - 1e-20`` still moves.
 
-Source: [Vila2013] for the moments of the spike with Gaussians and for their updates; see amp.md (2), (8).
+Source: [Vila2013] for the moments of the spike with Gaussians and for their updates.
 """
 
 from __future__ import annotations
@@ -255,7 +255,7 @@ class SpikeSlab(Sparse):
 def gaussian_log_ratio(mean: Tensor, variance: Tensor, r: Tensor, vr: Tensor) -> Tensor:
     """``log N(r; mean, variance + vr) - log N(r; 0, vr)`` without a difference of large numbers.
 
-    It is amp.md (2), put over one denominator.
+    The two exponents are put over one denominator.
     """
     total = variance + vr
     half = 0.5 / total

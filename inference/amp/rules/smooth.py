@@ -111,8 +111,8 @@ class LogConcave(Rule):
 class Logistic(Rule):
     """Channel ``P(y > 0 | z) = sigmoid(z)``.
 
-    Source: amp.md 3; differs from it: beliefs wider than 3 take the step-and-remainder form, where
-    Gauss-Hermite nodes about the mode lose all accuracy.
+    Beliefs wider than 3 take the step-and-remainder form, where Gauss-Hermite nodes about the mode
+    lose all accuracy.
 
     >>> rule = Logistic(torch.ones(1).double())
     >>> rule.moments(torch.zeros(1).double(), torch.ones(()).double()).mean

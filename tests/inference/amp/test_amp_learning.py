@@ -15,6 +15,7 @@ from ppl import (
     Laplace,
     Mixture,
     Normal,
+    Poisson,
     SpikeSlab,
     StudentT,
     dot,
@@ -26,9 +27,11 @@ from ppl import (
     param,
     plate,
 )
+from ppl.backend import Settings
 from ppl.inference.amp.learning import Pseudo, make_learner, objective
 from ppl.inference.amp.options import AMP
-from ppl.inference.amp.problem import make_model
+from ppl.inference.amp.problem import make_model, prepare
+from ppl.streams import Streams
 
 
 def normal(*shape, seed=0):
@@ -274,7 +277,6 @@ def test_noise_of_every_right_hand_side_is_its_own():
     torch.testing.assert_close(posterior.params["noise"], sds, rtol=0.12, atol=0)
 
 
-@pytest.mark.slow
 def test_cut_points_of_ordered_categories_are_learned():
     n, m = 100, 600
     a = normal(m, n) / math.sqrt(n)
@@ -287,6 +289,7 @@ def test_cut_points_of_ordered_categories_are_learned():
 
     program = regression(law, lambda: Normal(0.0, 3.0), c_low=(-0.5,), c_high=(0.5,))
     posterior = infer(program, {"a": a, "y": y}, method="amp", tolerance=1e-4)
+    assert "y: Interval" in posterior.diagnostics.notes["rules"]
     assert float(posterior.params["c_low"]) == pytest.approx(-1.0, abs=0.25)
     assert float(posterior.params["c_high"]) == pytest.approx(1.5, abs=0.3)
 
@@ -305,3 +308,33 @@ def test_params_that_are_not_learned_stay():
     assert float(posterior.params["c_sd"]) == pytest.approx(0.1, rel=0.2)
     fixed = infer(program, data, method="amp", learn=False)
     assert float(fixed.params["c_sd"]) == 0.2
+
+
+@pytest.mark.parametrize("link", ["probit", "logistic", "poisson"])
+def test_a_start_from_the_data_has_the_scale_of_the_link(link):
+    """Wherever the model starts, the slab starts where the predictor is of the order of what the link can tell."""
+    m, n = 300, 400
+    a = normal(m, n) / math.sqrt(m)
+    x = 3.0 * normal(n, seed=1) * (uniform(n, seed=2) < 0.1)
+    z = a @ x
+    laws = {
+        "probit": (lambda z: Bernoulli(torch.special.ndtr(z)), z + normal(m, seed=3) > 0),
+        "logistic": (lambda z: Bernoulli(logits=z), torch.sigmoid(z) > uniform(m, seed=3)),
+        "poisson": (
+            lambda z: Poisson(torch.exp(z)),
+            torch.poisson(z.exp(), torch.Generator().manual_seed(0)),
+        ),
+    }
+    law, y = laws[link]
+    program = regression(
+        law,
+        lambda p_rho, p_sd: SpikeSlab(p_rho, Normal(0.0, p_sd)),
+        p_rho=(0.9, constraints.unit_interval),
+        p_sd=(1e-3, constraints.positive),
+    )
+    bound = program.bind({"a": a, "y": y.double()})
+    problem = prepare(bound, AMP(start="data"), Settings(Streams(0)))
+    spread = problem.params["p_rho"] * problem.params["p_sd"].square()
+    predicted = float(spread * a.square().sum() / m)
+    assert 0.3 < predicted < 12.0
+    assert 0.001 < float(problem.params["p_rho"]) < 0.5

@@ -111,7 +111,7 @@ def test_gaussian_models_have_the_exact_means(variant, rows):
 
 
 def test_evidence_of_a_small_sparse_model_is_near_the_sum_over_supports():
-    """amp.md 22.7: n = 10, m = 8, five per cent."""
+    """n = 10, m = 8, five per cent."""
     data, _ = sensed(n=10, m=8, noise=0.1, seed=4)
     rho, sd, noise = 0.3, 1.0, 0.1
     logs = []
@@ -152,7 +152,7 @@ def test_the_mode_under_a_laplace_prior_is_the_lasso(variant):
 
 @pytest.mark.parametrize("variant", ["gamp", "vamp"])
 def test_nothing_known_is_learned_from_the_data(variant):
-    """amp.md 22.6: (rho, sd, noise) within 5 % of the sample's at n = 2000."""
+    """(rho, sd, noise) within 5 % of the sample's at n = 2000."""
     data, x = sensed(n=2000, m=1000, noise=0.013)
     posterior = infer(sensing, data, method="amp", variant=variant, start="data")
     live = x[x != 0]

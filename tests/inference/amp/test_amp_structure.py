@@ -320,7 +320,7 @@ def nmse_db(estimate, truth):
 
 @pytest.mark.parametrize("size", [4, 10])
 def test_groups_recover_what_single_coefficients_cannot(size):
-    """amp.md 11: n = 2000, m = 300, 30 dB, nothing known."""
+    """n = 2000, m = 300, 30 dB, nothing known."""
     program, data, x = group_regression(size)
     posterior = infer(program, data, method="amp", start="data")
     assert nmse_db(posterior.mean("x"), x) < -25

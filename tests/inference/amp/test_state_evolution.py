@@ -1,4 +1,8 @@
-"""State evolution against closed forms and against runs of the algorithms (amp.md 9 and 22.3)."""
+"""State evolution against closed forms and against runs of the algorithms.
+
+One run at n = 6000 ends 0.3 dB from its limit, and so would the median of a few.  Hence many signals a matrix, as
+batch axes of one run: their errors are all but independent, and their mean is known to 0.3 dB over the root of the count.
+"""
 
 import math
 import time
@@ -39,27 +43,30 @@ def normal(*shape, seed):
 
 def errors(module, problem, prior, channel, x, sweeps):
     """Mean squared error after every sweep."""
-    mean, variance = (each.expand(len(x)) for each in prior.prior_moments())
+    mean, variance = (each.expand(x.shape) for each in prior.prior_moments())
     state, found = module.init(problem, mean, variance), []
     for _ in range(sweeps):
         state, _ = module.step(problem, state, prior, channel)
-        found.append((state.mean - x).square().mean())
+        found.append((state.mean - x).square().mean(-1))
     return torch.stack(found)
 
 
 def gap(runs, predicted):
-    """Largest distance in dB on the way, and at the end, of the median run."""
-    median = torch.stack(runs).median(0).values
-    count = min(len(median), len(predicted))
-    distance = 10 * (median[:count].log10() - predicted[:count].log10()).abs()
-    return float(distance.max()), float(10 * abs(math.log10(median[-1] / predicted[-1])))
+    """Largest distance in dB on the way, and at the end, of the mean over all runs."""
+    mean = torch.cat(runs, -1).mean(-1)
+    count = min(len(mean), len(predicted))
+    distance = 10 * (mean[:count].log10() - predicted[:count].log10()).abs()
+    return float(distance.max()), float(10 * abs(math.log10(mean[-1] / predicted[-1])))
 
 
-def linear_runs(n, m, seeds, sweeps=40):
+def linear_runs(n, m, matrices, signals, sweeps=40):
+    """Errors ``[sweeps, signals]``, a matrix at a time."""
     found = []
-    for seed in range(seeds):
-        matrix, x = normal(m, n, seed=seed) / m**0.5, quantile_signal(n, seed)
-        channel = GaussianNoise(matrix @ x + NOISE**0.5 * normal(m, seed=seed + 100), ONE * NOISE)
+    for seed in range(matrices):
+        matrix = normal(m, n, seed=seed) / m**0.5
+        x = torch.stack([quantile_signal(n, 1000 * seed + each) for each in range(signals)])
+        noise = NOISE**0.5 * normal(signals, m, seed=seed + 100)
+        channel = GaussianNoise(x @ matrix.mT + noise, ONE * NOISE)
         found.append(errors(gamp, gamp.Problem(dense(matrix)), SPARSE, channel, x, sweeps))
     return found
 
@@ -69,25 +76,28 @@ def geometric_spectrum(n, m, condition=100.0):
     return Spectrum(values * n / values.sum(), torch.ones_like(values))
 
 
-def vamp_runs(n, m, seeds, sweeps=60):
+def vamp_runs(n, m, matrices, signals, sweeps=60):
     """Random singular vectors on the right; those on the left change nothing and are left out."""
     values, found = geometric_spectrum(n, m).values, []
-    for seed in range(seeds):
-        basis, x = torch.linalg.qr(normal(n, m, seed=seed))[0], quantile_signal(n, seed)
+    for seed in range(matrices):
+        basis = torch.linalg.qr(normal(n, m, seed=seed))[0]
+        x = torch.stack([quantile_signal(n, 1000 * seed + each) for each in range(signals)])
         operator = dense(values.sqrt().unsqueeze(-1) * basis.mT)
         operator.__dict__["gram"] = Gram(values, torch.eye(m, dtype=torch.float64))
-        noise = NOISE**0.5 * normal(m, seed=seed + 500)
+        noise = NOISE**0.5 * normal(signals, m, seed=seed + 500)
         channel = GaussianNoise(operator.mv(x) + noise, ONE * NOISE)
         found.append(errors(vamp, vamp.Problem(operator), SPARSE, channel, x, sweeps))
     return found
 
 
-def probit_runs(n, m, seeds, sweeps=30):
+def probit_runs(n, m, matrices, signals, sweeps=30):
     prior = BernoulliGaussian(SPARSE.logit, 0 * ONE, 10 * ONE)
     found = []
-    for seed in range(seeds):
-        matrix, x = normal(m, n, seed=seed) / n**0.5, quantile_signal(n, seed) * 10**0.5
-        y = torch.sign(matrix @ x + normal(m, seed=seed + 100))
+    for seed in range(matrices):
+        matrix = normal(m, n, seed=seed) / n**0.5
+        x = torch.stack([quantile_signal(n, 1000 * seed + each) for each in range(signals)])
+        x = x * 10**0.5
+        y = torch.sign(x @ matrix.mT + normal(signals, m, seed=seed + 100))
         found.append(errors(gamp, gamp.Problem(dense(matrix)), prior, Probit(y, ONE), x, sweeps))
     setting = Setting(prior, lambda y: Probit(y, ONE), m / n, gain=1.0, outcomes=SIGNS)
     return found, state_evolution_curve(setting)
@@ -197,11 +207,9 @@ def test_it_takes_less_than_a_second():
 
 
 def test_gamp_follows_its_curve():
-    runs = linear_runs(2000, 1000, 5)
+    runs = linear_runs(2000, 1000, matrices=2, signals=48)  # standard error 0.06 dB
     worst, end = gap(runs, state_evolution_curve(Setting(SPARSE, NOISE, 0.5)).mse)
-    assert (
-        worst < 1.0 and end < 0.5
-    )  # half the size and the tolerance of the slow test, and then some
+    assert worst < 0.7 and end < 0.2
 
 
 def test_the_algorithm_knows_its_error():
@@ -217,17 +225,17 @@ def test_the_algorithm_knows_its_error():
 
 
 def test_probit_follows_its_curve():
-    runs, predicted = probit_runs(1000, 3000, 3)
+    runs, predicted = probit_runs(1000, 3000, matrices=2, signals=12)  # standard error 0.1 dB
     worst, end = gap(runs, predicted.mse)
-    assert worst < 1.0 and end < 0.7
+    assert worst < 0.7 and end < 0.3
 
 
 def test_vamp_follows_its_curve_at_condition_100():
-    runs = vamp_runs(1000, 500, 8)
+    runs = vamp_runs(1000, 500, matrices=2, signals=40)  # standard error 0.14 dB
     spectrum = geometric_spectrum(1000, 500)
     predicted = state_evolution_curve(Setting(SPARSE, NOISE, 0.5, spectrum=spectrum))
     worst, end = gap(runs, predicted.mse)
-    assert worst < 2.0 and end < 1.0  # runs of this size spread over 4 dB
+    assert worst < 0.8 and end < 0.4
 
 
 def test_max_sum_follows_the_lasso_curve():
@@ -237,38 +245,36 @@ def test_max_sum_follows_the_lasso_curve():
         SPARSE, NOISE, 0.5, assumed_prior=Laplace(rate), assumed_channel=NOISE, kind="max"
     )
     predicted = state_evolution_curve(setting)
-    found = []
-    for seed in range(5):
-        matrix, x = normal(1000, 2000, seed=seed) / 1000**0.5, quantile_signal(2000, seed)
-        channel = GaussianNoise(matrix @ x + NOISE**0.5 * normal(1000, seed=seed + 9), ONE * NOISE)
-        problem = gamp.Problem(dense(matrix), kind="max")
-        found.append(errors(gamp, problem, Laplace(rate), channel, x, 100))
-    assert gap(found, predicted.mse)[1] < 0.7  # sizes of the slow tests: 0.25
+    matrix = normal(1000, 2000, seed=0) / 1000**0.5
+    x = torch.stack([quantile_signal(2000, seed) for seed in range(24)])
+    noise = NOISE**0.5 * normal(24, 1000, seed=9)
+    channel = GaussianNoise(x @ matrix.mT + noise, ONE * NOISE)
+    problem = gamp.Problem(dense(matrix), kind="max")
+    found = errors(gamp, problem, Laplace(rate), channel, x, 100)
+    assert gap([found], predicted.mse)[1] < 0.3
 
 
 @pytest.mark.slow
 def test_gamp_at_full_size():
-    runs = linear_runs(6000, 3000, 8)
-    predicted = state_evolution_curve(Setting(SPARSE, NOISE, 0.5))
-    worst, _ = gap(runs, predicted.mse)
-    ends = torch.stack(runs)[:, -1]
-    assert worst < 0.7
-    assert abs(10 * math.log10(ends.mean() / predicted.fixed_point)) < 0.25  # standard error 0.13
+    runs = linear_runs(6000, 3000, matrices=2, signals=32)  # standard error 0.035 dB
+    worst, end = gap(runs, state_evolution_curve(Setting(SPARSE, NOISE, 0.5)).mse)
+    assert worst < 0.7 and end < 0.1
 
 
 @pytest.mark.slow
 def test_probit_at_full_size():
-    runs, predicted = probit_runs(2000, 6000, 4)
+    runs, predicted = probit_runs(2000, 6000, matrices=2, signals=24)  # standard error 0.05 dB
     worst, end = gap(runs, predicted.mse)
-    assert worst < 0.7 and end < 0.5
+    assert worst < 0.5 and end < 0.2
 
 
 @pytest.mark.slow
 def test_vamp_at_full_size():
     spectrum = geometric_spectrum(4000, 2000)
     predicted = state_evolution_curve(Setting(SPARSE, NOISE, 0.5, spectrum=spectrum))
-    worst, end = gap(vamp_runs(4000, 2000, 6), predicted.mse)
-    assert worst < 1.0 and end < 0.2  # amp.md expects 0.63 and 0.05, on four other draws
+    runs = vamp_runs(4000, 2000, matrices=1, signals=64)  # standard error 0.09 dB
+    worst, end = gap(runs, predicted.mse)
+    assert worst < 0.7 and end < 0.2
 
 
 def test_soft_threshold_recursion_against_its_own_average():

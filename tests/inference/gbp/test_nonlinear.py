@@ -248,7 +248,7 @@ def test_graduation_frees_a_truncated_smoother(oracle, start, low, high):
     """Robust: truncated, energy-matched, 10 t to t in 60 steps: RMSE < 0.06 (0.82 without)."""
     groups = line(oracle["line_y"], "truncated")
     _, state = fg.run(
-        groups, 400, tol=1e-8, matching="energy", graduate=start, start={"x": oracle["line_y"]}
+        groups, 400, tol=1e-8, matching="energy", graduated=start, start={"x": oracle["line_y"]}
     )
     error = float((fg.means(groups, state) - oracle["line_true"]).square().mean().sqrt())
     assert low < error < high

@@ -185,7 +185,7 @@ def test_variance_update_obeys_the_identity_of_fisher(name: str) -> None:
 
 
 def test_probit_update_equals_monte_carlo() -> None:
-    # amp.md (9): y = sign(z + e), and the mean of e^2 given y, by weighting exact draws.
+    # y = sign(z + e), and the mean of e^2 given y, by weighting exact draws.
     v, p, vp = (torch.tensor(x).double() for x in (0.7, -0.4, 1.3))
     noise = v.sqrt() * torch.randn(1_000_000, dtype=torch.float64)
     chance = torch.special.ndtr((p + noise) / vp.sqrt())  # of z + e > 0 given e
