@@ -84,7 +84,9 @@ class Diagnostics:
                 doubtful.append(f"{text} (good is below {K_GOOD})")
         if not self.converged:
             doubtful.append(f"not converged after {self.iterations} iterations")
-        doubtful += [text for text in self.warnings if not text.startswith("not converged")]
+        doubtful += [
+            text for text in dict.fromkeys(self.warnings) if not text.startswith("not converged")
+        ]
         if bad or doubtful:
             return f"{'unreliable' if bad else 'check'}: {_few(bad + doubtful)}."
         return "good: nothing in the diagnostics speaks against this result."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 import time
 import warnings
@@ -19,7 +20,14 @@ from ppl import backend as backends
 from ppl.backend import Info, Reason, Settings
 from ppl.binding import Bound, Missing
 from ppl.continual import with_prior
-from ppl.errors import DataError, ModelError, NumericalError, UnsupportedError, trim_traceback
+from ppl.errors import (
+    DataError,
+    ModelError,
+    NumericalError,
+    UnsupportedError,
+    nearest,
+    trim_traceback,
+)
 from ppl.graph import Graph
 from ppl.growth import grown
 from ppl.model import Model
@@ -349,6 +357,7 @@ class _Run:
                     f"{self.name} cannot continue a fit with more data. Use infer(model, new_data, method='{self.name}', "
                     "prior=posterior), which carries what is known of each latent over to the next fit."
                 )
+            _check_options(self.name, extend, options)
             run = copy.copy(self)
             run.bound = grown(self.model, self.bound, data, **binding)
             _check_supported(self.name, self.backend.supports(run.bound.graph))
@@ -468,6 +477,21 @@ def _check_supported(name: str, reasons: Sequence[Reason]) -> None:
     if reasons:
         lines = "\n    ".join(str(r) for r in reasons)
         raise UnsupportedError(f"{name} cannot fit this model:\n    {lines}")
+
+
+def _check_options(name: str, extend: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Refuse what the backend's ``extend`` has no keyword for."""
+    found = inspect.signature(extend).parameters.values()
+    known = [p.name for p in found if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in found):
+        return
+    own = ["labels", "sizes", "along", "max_iters"]
+    for option in options:
+        if option not in known:
+            raise ModelError(
+                f"extend: {name} has no option {option!r}.{nearest(option, [*known, *own])} Options: "
+                f"{', '.join([*known, *own])}."
+            )
 
 
 def _choose(bound: Bound, options: Mapping[str, Any]) -> tuple[str, str]:

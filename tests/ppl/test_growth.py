@@ -16,7 +16,7 @@ from ppl import marginals as mg
 from ppl.backend import Info
 from ppl.continual import with_prior
 from ppl.distributions import Flat, Markov, Normal
-from ppl.errors import DataError, UnsupportedError
+from ppl.errors import DataError, ModelError, UnsupportedError
 from ppl.growth import grown
 from ppl.model import model
 from ppl.plates import plate
@@ -253,7 +253,7 @@ def test_a_run_goes_on_from_the_state_that_the_backend_extends(fake):
     assert lagged.mean("x").tolist() == [9.0, 9.0, 106.0, 10.0]
     with pytest.warns(UserWarning, match="not converged after 2"):
         first.extend({"i": [1], "j": [0], "z": [0.0]}, max_iters=2)
-    with pytest.raises(TypeError):
+    with pytest.raises(ModelError, match="extend: fake has no option 'lagg'. Did you mean 'lag'"):
         first.extend({"i": [1], "j": [0], "z": [0.0]}, lagg=1)
 
 

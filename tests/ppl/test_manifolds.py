@@ -136,6 +136,8 @@ def test_derivatives_of_exp_and_log(manifold, size):
     assert gradcheck(lambda x: manifold.local(base, manifold.retract(base, x)), v)
 
 
+# The first use of forward mode makes torch compile by its old compiler.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 @pytest.mark.parametrize("manifold", ALL)
 def test_forward_mode_at_zero_is_exact(manifold):
     a = manifold.exp(tangents(manifold, 5))

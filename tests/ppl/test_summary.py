@@ -176,7 +176,7 @@ def test_headline_has_the_lines_that_every_user_needs(posterior):
         "log evidence -31.82 ± 0.03 (estimate); Pareto k 0.21 (good); smallest ESS 611 (theta)"
     )
     assert quality in lines
-    assert "verdict: good" in lines
+    assert "verdict: check: the weights are tempered." in lines
     assert lines.count("warning: the weights are tempered") == 1
     assert str(posterior) == headline(posterior)
 
