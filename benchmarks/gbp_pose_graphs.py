@@ -1,6 +1,6 @@
 """Pose graphs: how long does laplace need beside GTSAM, and how far do messages come?
 
-    PPL_PEERS=/tmp/peers/bin/python python benchmarks/gbp_pose_graphs.py [--graphs intel sphere] [--repeats 7] [--rounds 1000]
+    PPL_PEERS=~/peers/bin/python python benchmarks/gbp_pose_graphs.py [--graphs intel sphere] [--repeats 7] [--rounds 1000]
 
 Graphs, where their data is on the machine: M3500, Intel, a synthetic Manhattan world, sphere2500
 (which comes with GTSAM) and a simulated sphere of 2500 poses. Ours and GTSAM take turns in one run,

@@ -5,7 +5,7 @@
 The archive has i, j, z, info, start, anchor and anchor_precision. Prints a JSON line a way of
 fitting. Needs gtsam and numpy, and nothing of ours:
 
-    python3.11 -m venv /tmp/peers && /tmp/peers/bin/pip install gtsam numpy
+    python3.11 -m venv ~/peers && ~/peers/bin/pip install gtsam numpy
 """
 
 import argparse
