@@ -3,7 +3,8 @@
 A sweep alternates two scalar problems: outputs, seen through ``N(z; p, vp)`` by the channel, and coefficients, seen
 through ``N(x; r, vr)`` by the prior.  It costs one product with ``A`` and one with its transpose (two more of each with
 ``A * A`` for a variance per element).  On large random matrices its error is that of state evolution; elsewhere
-it may run away, which the step control sees: a step that raises the objective is undone and halved.
+it may run away, which the step control sees: a step that raises the objective is undone and halved.  So is the size
+of a step that takes the last one back, a circle of two sweeps that the objective does not see.
 
 Sources: [Rangan2011] algorithms 1 and 2; damping and control [Vila2015].  ``A`` is not scaled to a common norm:
 every limit is relative to the prior's scale instead, which has the same effect.
@@ -34,6 +35,10 @@ from ppl.inference.amp.safeguards import (
 
 _LARGE = 1e11  # limit of a variance, in units of its prior value
 _SMALL = 1e-12  # limit of a precision, likewise
+_CIRCLES = (
+    -0.9
+)  # of the last residual stands in this one with the other sign: a circle of two sweeps
+_CURB = 0.5  # factor of the step size then
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class State(NamedTuple):
     r: Tensor  # [*batch, n]
     vr: Tensor
     scale: Tensor  # [*batch, 1]: prior variance of x, the unit of all limits
+    residual: Tensor  # [*batch, m]: by how much score would have moved, undamped
     control: Control
 
 
@@ -87,7 +93,7 @@ def init(problem: Problem, mean: Tensor, variance: Tensor) -> State:
     vr = _LARGE * (scale if problem.variances == "scalar" else torch.ones_like(mean) * scale)
     control = start_control(mean, problem.max_step)
     zero = torch.zeros_like(image)
-    return State(mean, variance, image, mean, zero, flat, image, vp, mean, vr, scale, control)
+    return State(mean, variance, image, mean, zero, flat, image, vp, mean, vr, scale, zero, control)
 
 
 def step(problem: Problem, state: State, prior: Rule, channel: Rule) -> tuple[State, Info]:
@@ -108,6 +114,8 @@ def step(problem: Problem, state: State, prior: Rule, channel: Rule) -> tuple[St
     accepted, control = judge(
         state.control, compared, gap, finite, (problem.min_step, problem.max_step)
     )
+    curbed = _curbed(problem, state, tried, control.step_size)
+    control = control._replace(step_size=torch.where(accepted, curbed, control.step_size))
     kept = select(accepted, tried, state)._replace(control=control)
     moved = torch.linalg.vector_norm(tried.mean - state.mean, dim=-1, keepdim=True)
     length = torch.linalg.vector_norm(tried.mean, dim=-1, keepdim=True)
@@ -145,7 +153,8 @@ def _sweep(
     p = state.image - vp * state.score  # Onsager term
     z = _answer(problem, channel, p, vp)
     vz = z.variance if problem.variances == "vector" else z.variance.mean(-1, keepdim=True)
-    score = torch.lerp(state.score, (z.mean - p) / vp, beta)
+    residual = (z.mean - p) / vp - state.score
+    score = torch.addcmul(state.score, beta, residual)
     precision = torch.lerp(state.score_precision, (1.0 - vz / vp) / vp, beta).clamp(
         min=_SMALL / unit
     )
@@ -156,7 +165,7 @@ def _sweep(
     image = operator.mv(x.mean)
     tried = state._replace(
         mean=x.mean, variance=x.variance.expand_as(x.mean), image=image, smooth=smooth, score=score,
-        score_precision=precision, p=p, vp=vp, r=r, vr=vr,
+        score_precision=precision, p=p, vp=vp, r=r, vr=vr, residual=residual,
     )  # fmt: skip
     # Below rounding one gap is as good as another.
     floor = torch.finfo(image.dtype).eps * image.square().sum(-1, keepdim=True)
@@ -164,6 +173,13 @@ def _sweep(
     if problem.kind == "max":
         return tried, map_objective(r, vr, x, channel.log_prob(image)).unsqueeze(-1), gap
     return tried, gamp_free_energy(r, vr, x, p, vp, z).unsqueeze(-1), gap
+
+
+def _curbed(problem: Problem, state: State, tried: State, size: Tensor) -> Tensor:
+    """The step size ``[*batch, 1]``, less where two sweeps undo each other and the objective sees nothing of it."""
+    along = (tried.residual * state.residual).sum(-1, keepdim=True)
+    circles = along < _CIRCLES * state.residual.square().sum(-1, keepdim=True)
+    return torch.where(circles, (_CURB * size).clamp(min=problem.min_step), size)
 
 
 def _answer(problem: Problem, rule: Rule, mean: Tensor, variance: Tensor) -> Moments:

@@ -18,7 +18,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ppl.inference.amp.spectrum import Gram, Probe, Spectrum, lanczos_spectrum, random_signs
+from ppl.inference.amp.spectrum import (
+    Gram,
+    Probe,
+    Spectrum,
+    lanczos_spectrum,
+    outer_gram,
+    random_signs,
+)
 
 Map = Callable[[Tensor], Tensor]
 
@@ -63,9 +70,7 @@ class Operator:
     def gram(self) -> Gram:
         """Eigenvalues and eigenvectors of the smaller Gram matrix, computed once."""
         matrix = self.to_dense()
-        product = matrix @ matrix.mT if self.is_wide else matrix.mT @ matrix
-        values, vectors = torch.linalg.eigh(product)
-        return Gram(values.clamp(min=0.0), vectors)
+        return outer_gram(matrix if self.is_wide else matrix.mT)
 
     @cached_property
     def spectrum(self) -> Spectrum:
@@ -78,7 +83,7 @@ class Operator:
     def probe(self) -> Probe:
         """Largest eigenvalue, a lower bound of the condition, weight of the means."""
         m, n = self.shape
-        ritz = lanczos_spectrum(self.small_gram, self._signs(1, min(m, n)), min(m, n, 6))
+        ritz = lanczos_spectrum(self.small_gram, self._signs(1, min(m, n)), min(m, n, 4))
         found = ritz.values[ritz.weights > 1e-10 * min(m, n)]
         top = float(found.max())
         shared = n * float(self.row_means.square().sum())

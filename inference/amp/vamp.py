@@ -50,7 +50,9 @@ _WEAK = 1e-3  # precision of the first message into the prior, likewise
 _RATES = (0.8, 1.0)  # of the step size after a refused and an accepted step
 _TUNING = 0.15  # share, on a log scale, of the best step size of the last two steps in the next one
 _LOWEST = 0.6  # to which tuning may take it; refused steps alone take it below
-_NEGLIGIBLE = 1e-6  # share of the posterior variance below which the two beliefs count as agreed
+# Share of the posterior variance below which the two beliefs count as agreed.  Not a small one: with a channel that
+# is not Gaussian they agree at first because neither knows anything, and differ more while they learn.
+_NEGLIGIBLE = 0.1
 
 
 @dataclass(frozen=True)

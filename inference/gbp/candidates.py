@@ -53,7 +53,7 @@ class Desk:
     @property
     def adds_up(self) -> bool:
         """Whether few rows are at work, so that beliefs are changed, not summed anew."""
-        return self.problem.rests or self.problem.plan.schedule == "attention"
+        return bool(self.problem.kept) or self.problem.plan.schedule == "attention"
 
     def count(self, floored: int = 0, improper: int = 0, bad: int = 0) -> None:
         old = self.tally

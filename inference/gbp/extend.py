@@ -6,7 +6,6 @@ Elements and rows are matched by their positions in their plates; new ones stand
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -36,12 +35,14 @@ def extend(
         old_problem: of the data so far.
         old_state: its messages, about the points that they are kept about.
         new_problem: of the data so far followed by the new rows.
-        lag: number of elements of an ordered plate that stay open. Rows that touch only older ones rest: their last
-            messages stand for them, as a prior would (fixed-lag smoothing).
+        lag: number of elements of an ordered plate that stay open. Old rows that touch only older ones rest: their last
+            messages stand for them, as a prior would (fixed-lag smoothing). New rows are always open.
     """
     with torch.no_grad():
         charts = at_means(old_problem, old_state.charts, old_state.means)
-        state = begin(new_problem, _points(old_problem, charts.points, new_problem))
+        params = old_state.params
+        points = grown_points(old_problem.groups, charts.points, new_problem.groups, params)
+        state = begin(new_problem, points, params)
         messages = dict(state.charts.messages)
         for old in old_problem.edges:
             new = _same(new_problem.edges, old)
@@ -50,8 +51,11 @@ def extend(
                 _placed(m, at, o)
                 for m, o in zip(messages[new.name], charts.messages[old.name], strict=True)
             )
+        if lag:
+            masks = open_rows(old_problem, new_problem, lag)
+            new_problem.kept["open rows"] = opened(new_problem.blocks, masks)
         run = state.run._replace(damping=old_state.run.damping, policy=old_state.run.policy)
-        return started(new_problem, state.charts._replace(messages=messages), run)
+        return started(new_problem, state.charts._replace(messages=messages), run, params)
 
 
 def open_rows(old: Problem, new: Problem, lag: Mapping[str, int]) -> dict[str, Tensor]:
@@ -87,4 +91,4 @@ def _placed(new: Gaussian, at: Tensor, old: Gaussian) -> Gaussian:
     return Gaussian(eta, lam)
 
 
-__all__ = ["extend", "open_rows", "places"]
+__all__ = ["extend", "open_rows"]

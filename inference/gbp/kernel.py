@@ -12,7 +12,7 @@ from torch import Tensor
 from ppl.backend import Info
 from ppl.errors import NumericalError
 from ppl.inference.gbp.candidates import Setting
-from ppl.inference.gbp.cures import cures
+from ppl.inference.gbp.cures import cures, steadied
 from ppl.inference.gbp.layout import Part
 from ppl.inference.gbp.models import Rows, View, linear_model, own, weighed
 from ppl.inference.gbp.monitor import (
@@ -39,11 +39,14 @@ def init(problem: Problem) -> State:
     return begin(problem, problem.groups.start(dict(problem.options.start or {})))
 
 
-def begin(problem: Problem, points: Mapping[str, Tensor]) -> State:
-    """The state before the first round about given points."""
+def begin(
+    problem: Problem, points: Mapping[str, Tensor], params: Mapping[str, Tensor] | None = None
+) -> State:
+    """The state before the first round about given points, with the params' start values by default."""
     groups = problem.groups
+    params = groups.params if params is None else params
     with torch.no_grad():
-        made = {g.name: linear_model(g, points, groups.params) for g in groups.groups}
+        made = {g.name: linear_model(g, points, params) for g in groups.groups}
         models = {n: m.model for n, m in made.items()}
         messages = {g.name: no_messages(problem, g) for g in problem.edges}
         clocks = {g.name: new_clock(g, groups.like) for g in problem.moving}
@@ -55,9 +58,9 @@ def begin(problem: Problem, points: Mapping[str, Tensor]) -> State:
             torch.full((WINDOW,), math.inf, dtype=torch.float64),
             dropped=sum(made[g.name].dropped for g in groups.groups if g.is_affine),
         )
-        state = started(problem, charts, run)
+        state = started(problem, charts, run, params)
         if problem.options.proximal is None and _needs_hold(problem, state):
-            return started(problem, charts, run._replace(proximal=WHISPER))
+            return started(problem, charts, run._replace(proximal=WHISPER), params)
         return state
 
 
@@ -98,7 +101,7 @@ def started(
     energy = float(groups.energy(charts.points, params))
     best = Best(energy, charts, beliefs, means)
     run = run._replace(energy=energy)
-    return State(charts, prior, beliefs, means, sds, params, 0, run, best)
+    return State(charts, prior, beliefs, means, sds, params, 0, run, best, means)
 
 
 def step(problem: Problem, state: State, batch: Any = None) -> tuple[State, Info]:
@@ -114,6 +117,7 @@ def step(problem: Problem, state: State, batch: Any = None) -> tuple[State, Info
             if state.run.stage >= len(cures(problem)):
                 raise
             found, change, noise = Moments(dict(before), dict(state.sds), 0), math.nan, 0.0
+        state = steadied(problem, state, found.means, found.sds)
         state = state._replace(means=found.means, sds=found.sds, round=state.round + 1)
         state = _measured(problem, state)
         if math.isfinite(change):

@@ -130,7 +130,9 @@ def _attended(groups: FactorGroups, edges: Sequence[Group], options: GBP) -> Blo
 
 def opened(blocks: Sequence[Block], masks: Mapping[str, Tensor]) -> tuple[Block, ...]:
     """The blocks of a round, without the rows that masks ``bool [F]`` by group close."""
-    kept = [[p for part in block if (p := _opened(part, masks[part.group.name]))] for block in blocks]
+    kept = [
+        [p for part in block if (p := _opened(part, masks[part.group.name]))] for block in blocks
+    ]
     return tuple(tuple(block) for block in kept if block)
 
 

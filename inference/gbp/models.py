@@ -16,6 +16,7 @@ from torch import Tensor
 from ppl.distributions.robust import robust_weight
 from ppl.inference.gbp.layout import Part
 from ppl.inference.groups import Family, Group, LogDensity, Quadratic, Robust
+from ppl.inference.groups.forward import jvp
 from ppl.inference.groups.linearise import outputs_and_jacobian
 from ppl.inference.groups.losses import Matching
 from ppl.inference.groups.motions import inverse_right_jacobian
@@ -187,7 +188,7 @@ def change_of_chart(family: Family, origin: Tensor, points: Tensor) -> Tensor | 
 
     zero = torch.zeros(len(points), family.dims, dtype=points.dtype, device=points.device)
     units = torch.eye(family.dims, dtype=points.dtype, device=points.device)
-    columns = [torch.func.jvp(old, (zero,), (u.expand_as(zero).contiguous(),))[1] for u in units]
+    columns = [jvp(old, (zero,), (u.expand_as(zero).contiguous(),))[1] for u in units]
     return torch.stack(columns, -1)
 
 

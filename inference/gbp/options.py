@@ -38,8 +38,8 @@ class GBP:
             ``random``: every row with probability ``active``; ``attention``: only ``rows``.
         active: share of rows updated in a round by ``residual`` and ``random``, in (0, 1].
         rows: masks of the rows that ``attention`` updates, by site, bool ``[*plates]``; other sites rest.
-        damping: share of the old message kept, in [0, 1); by default 0, and 0.4 where factors on several variables are
-            nonlinear and the schedule is not ``tree``.
+        damping: share of the old message kept, in [0, 1); by default 0 (0.1 once the means swing to and fro), and 0.4
+            where factors on several variables are nonlinear and the schedule is not ``tree``.
         dropout: probability in [0, 1) that a message keeps its old value in a round.
         relinearise: when nonlinear factors move: ``1``: every round (or every so many), ``"jit"``: each row when its
             variables have moved, ``"outer"``: all, when the linear problem has converged.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -52,13 +52,18 @@ class Problem:
     tol: float = 1e-3
     seed: int = 0
     settings: Settings | None = None
-    rests: bool = False  # whether a lag has closed rows
+    kept: dict[str, tuple[Block, ...]] = field(default_factory=dict, repr=False)  # by a lag
 
     @property
     def bound(self) -> Bound:
         """The graph with its data."""
         assert self.groups.bound is not None
         return self.groups.bound
+
+    @property
+    def at_work(self) -> tuple[Block, ...]:
+        """Blocks of a round, without the rows that a lag has closed."""
+        return self.kept.get("open rows", self.blocks)
 
     @property
     def patience(self) -> int:

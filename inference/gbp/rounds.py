@@ -56,7 +56,7 @@ def run_round(
         rows: of every group with edges, weights included.
         setting: damping and randomness.
     """
-    blocks = problem.blocks
+    blocks = problem.at_work
     desk = Desk(problem, rows, setting, dict(messages), dict(beliefs), blocks)
     for block in blocks:
         _run(desk, block)

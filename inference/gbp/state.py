@@ -23,6 +23,7 @@ class Run(NamedTuple):
     since: int = 0  # rounds since the last cure
     rate: float = float("nan")  # observed contraction a round
     rising: int = 0  # rounds in a row with a rate above one
+    swings: int = 0  # rounds in a row in which the means went back
     energy: float = float("inf")  # at the means, when last computed
     energy_age: int = 0  # rounds since the lowest energy
     settled: bool = False  # the linear problem has converged; rows may still have to move
@@ -59,6 +60,9 @@ class State(NamedTuple):
     round: int
     run: Run
     best: Best
+    step: Mapping[
+        str, Tensor
+    ]  # [N, d] last change of the means in standard deviations, while it is watched
 
 
 WINDOW = 64  # rounds that the run remembers

@@ -25,6 +25,7 @@ from ppl.inference.groups.motions import Motion, motion_of
 from ppl.inference.groups.parts import Part, chosen_rows, parts
 from ppl.inference.groups.records import FactorGroups, Family, Group
 from ppl.inference.groups.rows import Walk
+from ppl.inference.groups.spreads import check_spread
 from ppl.inference.groups.support import unsupported
 from ppl.inference.groups.whitening import spread_of
 from ppl.lower import Compiler, map_name, variables_of
@@ -171,6 +172,9 @@ def _gaussian(bound: Bound, part: Part, peeled: Peeled, walk: Walk) -> dict[str,
     batch = event[: walk.rank(value) - family.event_dim]
     keep, partly = entries(bound, part, walk, peeled.keeps, family.event_dim, batch)
     residual = _residual(family, walk, (value, loc, spread), partly, part.rows)
+    if not residual.spread.reads:
+        check_spread(bound, part, residual, keep)
+        residual = replace(residual, fixed=residual.whitener({}))
     params = dict.fromkeys((*residual.ends.params, *residual.spread.params))
     loss: losses.Loss = losses.Quadratic()
     if isinstance(peeled.family, Robust):
@@ -204,7 +208,7 @@ def _residual(
         ways = [motion_of(walk, end, family.manifold) for end in (loc, value)]
         if None not in ways:
             made = replace(made, motion=Motion("between", tuple(ways)))  # type: ignore[arg-type]
-    return made if scaling.reads else replace(made, fixed=made.whitener({}))
+    return made
 
 
 def _visited(walk: Walk, value: Any, peeled: Peeled) -> list[Any]:

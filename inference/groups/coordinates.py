@@ -84,10 +84,14 @@ class Coordinates:
     def label(self, scalar: int) -> str:
         """The element that a scalar belongs to, in the user's words: ``'pose' (node 17)``."""
         name, element, _ = self.locate(scalar)
+        place = self.place(name, element)
+        return f"'{name}'" + (f" ({place})" if place else "")
+
+    def place(self, name: str, element: int) -> str:
+        """Where an element of a family stands: ``node 17``, and nothing outside plates."""
         family, bound = self.families[name], self.groups.bound
         labels = bound.labels if bound is not None else {}
-        place = _coordinates(element, family.plates, family.sizes, labels)
-        return f"'{name}'" + (f" ({place})" if place else "")
+        return _coordinates(element, family.plates, family.sizes, labels)
 
 
 def _begins(sizes: list[int]) -> list[int]:

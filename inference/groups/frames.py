@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ppl.inference.groups.forward import jvp
 from ppl.inference.groups.records import Family
 from ppl.manifolds import SE2, SE3, SO2, SO3
 from ppl.rotations import rotation_matrix
@@ -65,9 +66,7 @@ def _by_derivative(family: Family, points: Tensor) -> Tensor:
     unit = torch.eye(family.dims, dtype=points.dtype, device=points.device)
 
     def column(direction: Tensor) -> Tensor:
-        moved = torch.func.jvp(
-            lambda d: family.retract(points, d), (zero,), (direction.expand_as(zero),)
-        )
+        moved = jvp(lambda d: family.retract(points, d), (zero,), (direction.expand_as(zero),))
         return moved[1].reshape(*lead, -1)
 
     return torch.func.vmap(column, out_dims=-1)(unit)

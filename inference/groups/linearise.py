@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ppl.inference.groups.forward import jvp
 from ppl.inference.groups.frames import frame
 from ppl.inference.groups.losses import Matching, scaled_jacobian
 from ppl.inference.groups.records import Group, Linearised
@@ -109,7 +110,7 @@ def _by_forward(group: Group, values: Sequence[Tensor], params: Params) -> tuple
     ]
 
     def column(*direction: Tensor) -> Tensor:
-        return torch.func.jvp(lambda *v: group.outputs(v, params), tuple(values), direction)[1]
+        return jvp(lambda *v: group.outputs(v, params), tuple(values), direction)[1]
 
     outputs = group.outputs(values, params)
     columns = torch.func.vmap(column, out_dims=-1)(*tangents)

@@ -68,10 +68,23 @@ def _partly(covariance: Tensor, mask: Tensor) -> Whitener:
     return Whitener(white * there, True, log_det - count * _HALF_LOG_2PI)
 
 
+def is_illegal(name: str, spread: Tensor) -> Tensor:
+    """Which spreads have no whitener: bool ``[1 | F, *batch]``, with ``[..., d]`` behind for scales of vectors.
+
+    >>> is_illegal("precision_matrix", torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 2.0], [2.0, 1.0]]]))
+    tensor([False,  True])
+    """
+    if name == "scale":
+        return ~(spread > 0)
+    if name == "scale_tril":
+        return ~(spread.diagonal(dim1=-2, dim2=-1) > 0).all(-1)
+    return torch.linalg.cholesky_ex(spread).info != 0
+
+
 def spread_of(family: Distribution) -> tuple[str, Any]:
     """Name of the parameter that scales a Gaussian law, and its rank."""
     leaf = next(x for x in family.leaves() if x.path != "loc")
     return leaf.path, leaf.event_dim
 
 
-__all__ = ["GAUSSIAN", "Whitener", "difference", "spread_of", "whitened", "whitener"]
+__all__ = ["GAUSSIAN", "Whitener", "difference", "is_illegal", "spread_of", "whitened", "whitener"]

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from ppl.inference.groups.propagation import propagate
+from ppl.inference.groups.growth import grown_points
 from ppl.inference.laplace.problem import Problem, State
 from ppl.inference.laplace.states import init, moved
-from ppl.inference.laplace.window import closed_window, places
+from ppl.inference.laplace.window import closed_window
 
 
 def extend(
@@ -28,10 +27,12 @@ def extend(
         old_state: where its run ended.
         new_problem: of the data so far followed by the new rows; old elements keep their positions in their plates.
         lag: number of elements of an ordered plate that stay open, by plate. Older ones keep their last mean and
-            covariance, and what their factors say of the open ones is kept as a Gaussian.
+            covariance, and what their factors say of the open ones is kept as a Gaussian. New ones are always open.
     """
     with torch.no_grad():
-        points = _grown(old_problem, old_state, new_problem)
+        points = grown_points(
+            old_problem.groups, old_state.points, new_problem.groups, old_state.params
+        )
         shaped = {n: new_problem.groups.shaped(n, x) for n, x in points.items()}
         options = replace(new_problem.options, start=shaped)
         state = init(replace(new_problem, options=options))._replace(params=dict(old_state.params))
@@ -42,18 +43,4 @@ def extend(
         return moved(new_problem, state, points) if old_state.params else state
 
 
-def _grown(old_problem: Problem, old_state: State, new_problem: Problem) -> dict[str, Tensor]:
-    """Old points; new ones where their factors place them, else at prior means, zero or the identity."""
-    groups = new_problem.groups
-    points: dict[str, Tensor] = {}
-    placed: dict[str, Tensor] = {}
-    for name, family in groups.families.items():
-        mean = groups.means.get(name)
-        first = None if mean is None else mean(family, points, old_state.params)
-        if first is None:
-            neutral = family.neutral(groups.like)
-            first = neutral.expand(family.count, *neutral.shape)
-        at = places(old_problem.groups.families[name].sizes, family.sizes).to(first.device)
-        points[name] = first.index_copy(0, at, old_state.points[name])
-        placed[name] = torch.zeros(family.count, dtype=torch.bool).index_fill(0, at.cpu(), True)
-    return points if new_problem.is_linear else propagate(groups, points, placed)
+__all__ = ["extend"]

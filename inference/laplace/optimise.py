@@ -21,6 +21,7 @@ from ppl.inference.laplace.proposals import (
     is_noise,
     newton,
 )
+from ppl.inference.laplace.refinement import refined
 from ppl.inference.laplace.spread import spread_of
 from ppl.inference.laplace.states import moved
 from ppl.inference.laplace.systems import make_system, undetermined
@@ -82,6 +83,9 @@ def _tried(problem: Problem, state: State) -> tuple[State, Info]:
     if not bool(proposal.delta.isfinite().all()):
         return _refused(problem, state, NotPositive(_free(proposal)))
     new = _after(problem, state, proposal)
+    left = None
+    if problem.is_linear and problem.solver != "cg":
+        new, left = refined(problem, state, new)
     if _always(problem) and int(new.bad_rows) > int(state.bad_rows):
         raise _diverged()
     ratio = _ratio(state, new, proposal)
@@ -96,6 +100,8 @@ def _tried(problem: Problem, state: State) -> tuple[State, Info]:
     new = new._replace(
         damping=damping, iteration=state.iteration + 1, length=_length(state, proposal, taken)
     )
+    if left is not None:
+        new = new._replace(length=left.sqrt())
     new, info = _ended(problem, new, proposal, taken, is_last)
     if taken and float(new.kernel_scale) > 1:
         new = moved(problem, new, new.points, _narrower(problem, new.kernel_scale))
@@ -239,7 +245,10 @@ def _is_near(problem: Problem, state: State, new: State, proposal: Proposal) -> 
     if not proposal.is_full:  # a damped step is short far from the mode, too: the full one must be
         if length > problem.tol:
             return False
-        full = newton(problem, make_system(problem, new), new)
+        try:
+            full = newton(problem, make_system(problem, new), new)
+        except NotPositive as error:  # damping hid it until here
+            raise undetermined(problem, error.columns) from error
         return bool(full.decrement <= problem.tol**2) or is_noise(new, full)
     rate = length / last if 0 < last < torch.inf else 1.0
     if rate < 0.99:

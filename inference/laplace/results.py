@@ -12,14 +12,14 @@ from torch import Tensor
 from ppl.diagnostics import Diagnostics
 from ppl.inference.groups.losses import Robust
 from ppl.inference.groups.records import FactorGroups
+from ppl.inference.groups.weights import RobustWeights
 from ppl.inference.laplace.problem import Problem, State
+from ppl.inference.laplace.refinement import INACCURATE
 from ppl.inference.laplace.spread import Deferred, Spread, is_positive
 from ppl.inference.laplace.systems import rows_at
 from ppl.marginals import JointGaussian, Marginal
 from ppl.posterior import Joint, Posterior
 from ppl.streams import Streams
-
-_OUTLIER = 0.1  # robust weight below which a row counts as one
 
 
 def posterior(problem: Problem, state: State) -> Posterior:
@@ -122,6 +122,12 @@ def _diagnostics(problem: Problem, state: State) -> Diagnostics:
         warnings.append(
             f"{state.window.lost} new rows touch closed elements (lag=...) and were left out"
         )
+    if problem.is_linear and INACCURATE < float(state.length) < math.inf:
+        warnings.append(
+            f"means are off by up to {float(state.length):.1g} standard deviations: scales differ too much for the arithmetic. "
+            "Give latents units in which their spreads are alike"
+            + (", or use float64" if problem.groups.like.dtype != torch.float64 else "")
+        )
     if problem.solver == "cg":
         share = math.sqrt(2 / problem.options.draws)
         warnings.append(
@@ -142,22 +148,13 @@ def _notes(problem: Problem, state: State) -> dict[str, Any]:
     weights = _robust_weights(problem, state)
     if weights:
         notes["robust weights"] = weights
-        notes["outliers"] = {
-            name: f"{int((w < _OUTLIER).sum())} of {w.numel()} have a weight below {_OUTLIER}"
-            for name, w in weights.items()
-        }
     return notes
 
 
-def _robust_weights(problem: Problem, state: State) -> dict[str, Tensor]:
+def _robust_weights(problem: Problem, state: State) -> RobustWeights:
     """Weights of robust rows, by group."""
     problem = problem if state.window is None else state.window.problem
     if not any(isinstance(g.loss, Robust) for g in problem.groups.groups):
-        return {}
-    rows = rows_at(problem, state)
-    pairs = zip(problem.groups.groups, rows, strict=True)
-    return {
-        g.name: r.weight.reshape(*g.sizes, *r.weight.shape[1:])
-        for g, r in pairs
-        if r.weight is not None
-    }
+        return RobustWeights({})
+    pairs = list(zip(problem.groups.groups, rows_at(problem, state), strict=True))
+    return RobustWeights({g: r.weight for g, r in pairs if r.weight is not None})

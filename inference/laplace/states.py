@@ -7,10 +7,16 @@ from torch import Tensor
 
 from ppl.inference.groups.records import Linearised
 from ppl.inference.laplace.problem import Problem, State
+from ppl.inference.laplace.systems import check_touched
 
 
 def init(problem: Problem) -> State:
-    """The first point, and the equations there."""
+    """The first point, and the equations there.
+
+    Raises:
+        NumericalError: an element is in no factor.
+    """
+    check_touched(problem)
     options, like = problem.options, problem.groups.like
     with torch.no_grad():
         points = problem.groups.start(options.start)

@@ -149,6 +149,31 @@ def _lifted(blocks: Tensor, lift: Tensor | None) -> Tensor:
     return blocks + floor[:, None, None] * torch.eye(blocks.shape[1]).to(blocks)
 
 
+def check_touched(problem: Problem) -> None:
+    """Refuse elements that no factor speaks of.
+
+    Raises:
+        NumericalError: it names them.
+    """
+    families = problem.groups.families
+    seen = {n: torch.zeros(f.count, dtype=torch.bool) for n, f in families.items()}
+    for group in problem.groups.groups:
+        rows = slice(None) if group.keep is None else group.keep.reshape(group.rows, -1).any(1)
+        for slot in group.slots:
+            seen[slot.family][slot.index[rows].reshape(-1).cpu()] = True
+    for name, touched in seen.items():
+        if not bool(touched.all()):
+            free = torch.nonzero(~touched)
+            first = [problem.equations.at.place(name, int(e)) for e in free[:3]]
+            more = f" and {len(free) - 3} more" if len(free) > 3 else ""
+            which = f"{len(free)} of {len(touched)} elements of '{name}' ({', '.join(first)}{more})"
+            raise NumericalError(
+                f"laplace: {which if first[0] else repr(name)} {'are' if len(free) > 1 else 'is'} in no factor that has data, so "
+                f"that nothing determines {'them' if len(free) > 1 else 'it'}. Give '{name}' a proper prior, or correct the "
+                "pointers or sizes= that made the plate so large."
+            )
+
+
 def undetermined(problem: Problem, scalars: np.ndarray) -> NumericalError:
     """The error of a singular system: which elements are left free, in the user's words."""
     at = problem.equations.at

@@ -7,7 +7,7 @@ complement). On linear chains this is the Kalman filter.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,29 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl.errors import DataError
 from ppl.inference.groups.equations import Equations
+from ppl.inference.groups.growth import lagging, newcomers, places
 from ppl.inference.groups.records import Family, Group, Slot
 from ppl.inference.laplace.problem import Problem, State, Window, choose_solver
 from ppl.inference.laplace.spread import spread_of
 from ppl.inference.laplace.summaries import SUMMARY, masked, same, summed_up, touches
 
 _CLOSED = "(closed)"
-
-
-def places(old: Sequence[int], new: Sequence[int]) -> Tensor:
-    """Where the elements of plates of sizes ``old`` stand in grown plates.
-
-    >>> places((2, 2), (3, 4))
-    tensor([0, 1, 4, 5])
-    """
-    if len(old) != len(new) or any(a > b for a, b in zip(old, new, strict=True)):
-        raise DataError(
-            f"extend: plates of sizes {list(old)} cannot have become {list(new)}: plates only grow. Fit the new data by "
-            "itself with prior=posterior."
-        )
-    grid = torch.arange(math.prod(new)).reshape(tuple(new))
-    return grid[tuple(slice(0, n) for n in old)].reshape(-1)
 
 
 def closed_window(
@@ -73,7 +58,8 @@ def closed_window(
             for g in before.problem.groups.groups
             if g.name == SUMMARY
         ]
-    closing = {n: old & ~shut[n] for n, old in _older(families, lag).items()}
+    older = _older(old_problem.groups.families, families, lag)
+    closing = {n: old & ~shut[n] for n, old in older.items()}
     covariances = _covariances(old_problem, old_state, families, closing)
     groups = [_without(g, touches(g, shut)) for g in new_problem.groups.groups]
     groups += extra
@@ -93,7 +79,7 @@ def _lost(old: Problem, new: Problem, shut: Mapping[str, Tensor]) -> int:
     for group in new.groups.groups:
         fresh = torch.ones(group.rows, dtype=torch.bool)
         if group.name in before:
-            fresh[places(before[group.name].sizes, group.sizes)] = False
+            fresh = newcomers(before[group.name].sizes, group.sizes)
         count += int((touches(group, shut) & fresh).sum())
     return count
 
@@ -106,25 +92,18 @@ def _problem_of(problem: Problem, groups: list[Group]) -> Problem:
     )
 
 
-def _older(families: Mapping[str, Family], lag: Mapping[str, int]) -> dict[str, Tensor]:
-    """Elements before the last ``lag[plate]`` of a plate."""
-    sizes = {p: n for f in families.values() for p, n in zip(f.plates, f.sizes, strict=True)}
-    for plate, length in lag.items():
-        if plate not in sizes:
-            raise DataError(
-                f"extend(lag=...): no latent lies in plate '{plate}'. Plates: {', '.join(sizes)}."
-            )
-        if length < 1:
-            raise DataError(
-                f"extend(lag=...): expected at least 1 element of '{plate}', got {length}."
-            )
+def _older(
+    old: Mapping[str, Family], families: Mapping[str, Family], lag: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """Elements before the last ``lag[plate]`` of a plate; new ones stay open, whose covariances nobody knows yet."""
+    first = lagging(families, lag)
     found = {}
     for name, family in families.items():
-        old = torch.zeros(family.sizes, dtype=torch.bool)
+        shut = torch.zeros(family.sizes, dtype=torch.bool)
         for axis, plate in enumerate(family.plates):
-            if plate in lag:
-                old.narrow(axis, 0, max(sizes[plate] - lag[plate], 0)).fill_(True)
-        found[name] = old.reshape(-1)
+            if plate in first:
+                shut.narrow(axis, 0, first[plate]).fill_(True)
+        found[name] = shut.reshape(-1) & ~newcomers(old[name].sizes, family.sizes)
     return found
 
 

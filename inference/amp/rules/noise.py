@@ -46,8 +46,10 @@ class GaussianNoise(Rule):
         return log_normal(self.y - x, self.variance)
 
     def statistics(self, r: Tensor, vr: Tensor) -> dict[str, Tensor]:
-        found = self.moments(r, vr)
-        return {"square": (self.y - found.mean).square() + found.variance}
+        vr = bounded(vr)
+        share = self.variance / (self.variance + vr)  # of the gap that stays after the update
+        gap = share * (self.y - r)
+        return {"square": torch.addcmul(share * vr, gap, gap)}
 
     def maximised(self, pooled: Mapping[str, Tensor], learn: Collection[str] | None = None) -> Self:
         return self.replaced(learn, variance=positive(pooled["square"]))

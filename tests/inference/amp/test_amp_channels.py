@@ -166,3 +166,18 @@ def test_intervals_of_rows_may_differ():
     found = infer(program, data, method="amp")
     assert "y: Interval" in found.diagnostics.notes["rules"]
     assert float((A @ found.mean("x") - Z).square().mean() / Z.square().mean()) < 0.2
+
+
+@pytest.mark.parametrize("name", ["ordinal", "rectified", "counts"])
+def test_glm_vamp_is_not_refused_and_gamp_does_not_circle(name):
+    """The first sweep's beliefs agree by knowing nothing, which must not be what later sweeps are held to."""
+    law, y, _ = CHANNELS[name]
+    found = [
+        infer(seen_through(law), {"a": A, "y": y.double()}, method="amp", variant=variant)
+        for variant in ("vamp", "gamp")
+    ]
+    for posterior in found:
+        assert posterior.diagnostics.converged
+        assert float(posterior.trace["change"][-1]) < 1e-4
+    gap = (found[0].mean("x") - found[1].mean("x")).abs() / found[1].sd("x")
+    assert float(gap.max()) < 0.1  # of two approximations, at 40 rows

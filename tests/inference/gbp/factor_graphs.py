@@ -86,7 +86,7 @@ def moments(groups: FactorGroups) -> tuple[Tensor, Tensor]:
         points: Mapping[str, Tensor] = {"x": flat.reshape(family.count, *family.event_shape)}
         return torch.cat([g.outputs(g.gather(points), {}).reshape(-1) for g in groups.groups])
 
-    jacobian = torch.func.jacfwd(residuals)(zero)
+    jacobian = torch.func.jacrev(residuals)(zero)
     covariance = torch.linalg.inv(jacobian.mT @ jacobian)
     return -covariance @ jacobian.mT @ residuals(zero), covariance
 

@@ -124,6 +124,27 @@ def test_spreads_are_exact_by_default_and_loopy_ones_are_announced():
     assert loopy.diagnostics.verdict.startswith("check: standard deviations are those of messages")
 
 
+@model
+def stiff_cell():
+    with plate("i", ordered=True), plate("j", ordered=True):
+        x = latent("x", Flat())
+        observe("y", Normal(x, 1.0))
+        factor("right", Normal(shift(x, "j") - x, 0.1), at=0.0)
+        factor("down", Normal(shift(x, "i") - x, 0.1), at=0.0)
+
+
+def test_means_that_swing_to_and_fro_are_damped_a_little():
+    """Even and odd elements of a grid hear only of each other: eigenvalues come in pairs r, -r."""
+    data = {"y": np.random.default_rng(0).standard_normal((20, 20))}
+    found = infer(stiff_cell, data, method="gbp")
+    want = infer(stiff_cell, data, method="exact")
+    assert found.diagnostics.converged and found.diagnostics.iterations < 400
+    assert float(((found.mean("x") - want.mean("x")) / want.sd("x")).abs().max()) < 0.01
+    with pytest.warns(UserWarning, match="not converged"):
+        plain = infer(stiff_cell, data, method="gbp", damping=0.0, max_iters=400)
+    assert not plain.diagnostics.converged
+
+
 def test_means_that_are_not_there_yet_are_announced():
     data = {"y": np.random.default_rng(0).standard_normal((9, 9)) * 10}
     with pytest.warns(UserWarning, match="have not reached the optimum"):

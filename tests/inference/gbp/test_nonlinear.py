@@ -53,7 +53,7 @@ def gauss_newton(t: torch.Tensor, y: torch.Tensor, steps: int) -> list[torch.Ten
 
     found = []
     for _ in range(steps):
-        jacobian = torch.func.jacfwd(residuals)(w)
+        jacobian = torch.func.jacrev(residuals)(w)
         w = w - torch.linalg.solve(jacobian.mT @ jacobian, jacobian.mT @ residuals(w))
         found.append(w)
     return found
@@ -151,7 +151,7 @@ def test_small_problems_reach_a_stationary_point_of_scipy(seed):
 
     _, state = fg.run(groups, 8000, tol=1e-9)
     got = fg.means(groups, state)
-    jacobian = torch.func.jacfwd(residuals)(got)
+    jacobian = torch.func.jacrev(residuals)(got)
     assert float((jacobian.mT @ residuals(got)).norm()) < 1e-6
     # Where several minima lie near, another one may be found; it is then as good a one as that of scipy.
     other = least_squares(lambda f: residuals(f).numpy(), np.zeros(10), xtol=1e-12)

@@ -43,6 +43,8 @@ def sheet_data(n: int = 5) -> dict[str, torch.Tensor]:
         ({"relinearise": 0}, "relinearise"),
         ({"schedule": "attention"}, "rows"),
         ({"variance": "yes"}, "variance"),
+        ({"graduated": 0.5}, "graduated"),
+        ({"graduated_steps": 0}, "graduated_steps"),
     ],
 )
 def test_options_are_checked(options, text):
@@ -145,10 +147,54 @@ def test_fixed_lag_is_the_filter_inside_the_lag():
     assert not torch.allclose(posterior.mean("x")[15], whole.mean("x")[15], rtol=0, atol=1e-12)
 
 
-def test_a_lag_of_an_unknown_plate_is_refused():
+@pytest.mark.parametrize("schedule", ["auto", "flood", "sweep", "layers"])
+@pytest.mark.parametrize("lag", [2, 4, 12])
+def test_several_elements_at_once_are_smoothed_inside_the_lag(lag, schedule):
+    y = torch.randn(12, dtype=torch.float64).cumsum(0)
+    options = {"method": "gbp", "schedule": schedule, "tol": 1e-11}
+    posterior = infer(walk, {"y": y[:8]}, **options).extend({"y": y[8:]}, lag={"t": lag})
+    whole = infer(walk, {"y": y}, **options)
+    assert posterior.diagnostics.converged
+    torch.testing.assert_close(posterior.mean("x")[8:], whole.mean("x")[8:], rtol=0, atol=1e-9)
+    torch.testing.assert_close(posterior.sd("x")[8:], whole.sd("x")[8:], rtol=0, atol=1e-9)
+
+
+def test_extending_after_a_start_of_ones_own():
+    y = torch.randn(12, dtype=torch.float64).cumsum(0)
+    posterior = infer(walk, {"y": y[:8]}, method="gbp", start={"x": y[:8]})
+    posterior = posterior.extend({"y": y[8:]})
+    want = infer(walk, {"y": y}, method="exact")
+    torch.testing.assert_close(posterior.mean("x"), want.mean("x"), rtol=0, atol=1e-9)
+
+
+@model
+def turning():
+    with plate("t", ordered=True):
+        x = latent("x", Markov(Normal(0.0, 1.0), lambda last: Normal(last + 0.3 * last.sin(), 0.1)))
+        observe("y", Normal(x, 0.5))
+
+
+def test_new_elements_of_a_curved_chain_are_placed_by_their_factors():
+    y = 1 + 0.2 * torch.randn(12, dtype=torch.float64)
+    options = {"method": "gbp", "tol": 1e-9}
+    posterior = infer(turning, {"y": y[:8]}, start={"x": y[:8]}, **options).extend({"y": y[8:]})
+    want = infer(turning, {"y": y}, method="laplace", tol=1e-10)
+    torch.testing.assert_close(posterior.mean("x"), want.mean("x"), rtol=0, atol=1e-6)
+    torch.testing.assert_close(posterior.sd("x"), want.sd("x"), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("lag", "text"),
+    [
+        ({"time": 2}, "no latent lies in plate 'time'"),
+        ({"t": 0}, "at least 1 element of 't', got 0"),
+        ({"t": -1}, "at least 1 element of 't', got -1"),
+    ],
+)
+def test_a_lag_that_makes_no_sense_is_refused(lag, text):
     posterior = infer(walk, {"y": torch.randn(5)}, method="gbp")
-    with pytest.raises(DataError, match="no latent lies in plate 'time'"):
-        posterior.extend({"y": torch.randn(1)}, lag={"time": 2})
+    with pytest.raises(DataError, match=text):
+        posterior.extend({"y": torch.randn(1)}, lag=lag)
 
 
 def test_a_posterior_as_prior_filters_a_vector_exactly():
@@ -179,15 +225,25 @@ def test_a_checkpoint_is_continued(tmp_path):
     torch.testing.assert_close(again.mean("x"), whole.mean("x"), rtol=1e-12, atol=1e-12)
 
 
+@model
+def noisy_walk():
+    move, noise = (param(n, 1.0, support=constraints.positive) for n in ("move", "noise"))
+    with plate("t", ordered=True):
+        x = latent("x", Markov(Normal(0.0, 1.0), lambda previous: Normal(previous, move)))
+        observe("y", Normal(x, noise))
+
+
+def test_learning_goes_on_from_the_params_so_far():
+    draws = torch.randn(2, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = 0.5 * draws[0].cumsum(0) + 0.3 * draws[1]
+    posterior = infer(noisy_walk, {"y": y[:38]}, method="gbp")
+    more = posterior.extend({"y": y[38:]}, max_iters=1)  # one round, and one step of the params
+    for name, value in posterior.params.items():
+        assert abs(float(value) - 1) > 0.3  # where they started
+        assert float(more.params[name]) == pytest.approx(float(value), abs=0.1)
+
+
 def test_params_are_learned_to_the_maximum_of_the_evidence():
-
-    @model
-    def noisy_walk():
-        move, noise = (param(n, 1.0, support=constraints.positive) for n in ("move", "noise"))
-        with plate("t", ordered=True):
-            x = latent("x", Markov(Normal(0.0, 1.0), lambda previous: Normal(previous, move)))
-            observe("y", Normal(x, noise))
-
     y = 0.5 * torch.randn(80, dtype=torch.float64).cumsum(0)
     y = y + 0.3 * torch.randn(80, dtype=torch.float64)
     posterior = infer(noisy_walk, {"y": y}, method="gbp", tol=1e-6, max_iters=4000)

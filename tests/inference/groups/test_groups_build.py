@@ -258,6 +258,55 @@ def test_refusals_say_where_and_what_to_do(case):
     assert re.search(remedy, reasons[site].remedy)
 
 
+@model
+def by_precision():
+    with plate("i"):
+        x = latent("x", Normal(torch.zeros(2), 10.0))
+        observe("y", MultivariateNormal(x, precision_matrix=2 * given("P")))
+
+
+@pytest.mark.parametrize("method", ["laplace", "gbp"])
+@pytest.mark.parametrize("bad", [[[1.0, 0.0], [0.0, 0.0]], [[1.0, 2.0], [2.0, 1.0]]])
+def test_matrices_that_are_not_positive_definite_are_named(method, bad):
+    data = {"P": np.stack([np.eye(2), bad, bad]), "y": np.ones((3, 2)), "i": ["a", "b", "c"]}
+    message = (
+        "'y': the precision_matrix of MultivariateNormal is not .* in 2 of 3 rows, the first at i b"
+    )
+    with pytest.raises(DataError, match=message):
+        ppl.infer(by_precision, data, method=method)
+    data["y"][1, 0] = np.nan  # a part of a vector is missing: its marginal is another matrix
+    with pytest.raises(DataError, match=message):
+        ppl.infer(by_precision, data, method=method)
+
+
+def test_scales_that_are_not_positive_are_named():
+    @model
+    def scaled():
+        with plate("i"):
+            x = latent("x", Normal(0.0, 1.0))
+            observe("y", Normal(x, given("sd") - 1.0))
+
+    sd = np.array([2.0, 0.5, 0.5])
+    with pytest.raises(DataError, match="'y': the scale of Normal is not positive in 2 of 3 rows"):
+        build(scaled.bind({"y": [1.0, 2.0, 3.0], "sd": sd}))
+    with pytest.raises(
+        DataError, match="in 1 of 3 rows, the first at i 2"
+    ):  # a missing row is none
+        build(scaled.bind({"y": [1.0, np.nan, 3.0], "sd": sd}))
+
+
+def test_one_matrix_for_all_rows_is_quoted():
+    @model
+    def shared():
+        precision = -1.0 * given("P")
+        with plate("i"):
+            x = latent("x", Normal(torch.zeros(2), 10.0))
+            observe("y", MultivariateNormal(x, precision_matrix=precision))
+
+    with pytest.raises(DataError, match=r"is not positive definite: \[\[-1.0"):
+        build(shared.bind({"y": np.ones((3, 2)), "P": np.eye(2)}))
+
+
 def test_build_refuses_as_unsupported_does():
     with pytest.raises(UnsupportedError, match="'rate': its law allows positive numbers"):
         build(positive.bind({}))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -335,3 +337,20 @@ def test_links_belong_to_the_density():
         hessian = torch.autograd.functional.hessian(energy, values[0][:1, 0])[0, :, 0]
         jacobian = linearise(group, values, {}).jacobian.flatten(0, 1)
         torch.testing.assert_close(jacobian.mT @ jacobian, hessian, rtol=1e-8, atol=1e-8)
+
+
+def test_forward_mode_is_silent_in_a_plain_script():
+    """In another process: torch warns once, and the tests may have used forward mode already."""
+    script = (
+        "import warnings; import torch; import ppl\n"
+        "from ppl.inference.groups.forward import jvp\n"
+        "warnings.simplefilter('error')\n"
+        "one = torch.ones(2)\n"
+        "slope = torch.func.vmap(lambda d: jvp(torch.sin, (0 * one,), (d,))[1])(torch.eye(2))\n"
+        "assert torch.equal(slope, torch.eye(2))"
+    )
+    folder = Path(__file__).parents[3]
+    made = subprocess.run(
+        [sys.executable, "-c", script], cwd=folder, capture_output=True, text=True
+    )
+    assert made.returncode == 0, made.stderr
