@@ -183,21 +183,22 @@ def growing(graph: PoseGraph, first: int, steps: int) -> Iterator[dict[str, np.n
 
 
 def one_by_one(each: Task, method: str, first: int, steps: int) -> dict[str, Any]:
-    """Seconds of ``posterior.extend`` a pose."""
+    """Seconds of ``posterior.extend`` a pose; messages get so many rounds a pose, laplace what it asks for."""
     grown = growing(each.graph, first, steps)
+    before, rounds = (200, 10) if method == "gbp" else (None, None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # messages rarely converge on these graphs, and say so
         start = {"x": each.graph.start[:first]}
-        posterior = infer(each.program, next(grown), method=method, start=start)
+        posterior = infer(each.program, next(grown), method=method, start=start, max_iters=before)
         times = []
         for data in grown:
             begun = time.perf_counter()
-            posterior = posterior.extend(data)
+            posterior = posterior.extend(data, max_iters=rounds)
             times.append(time.perf_counter() - begun)
     return show(
         "one pose at a time",
         graph=each.name,
-        method=method,
+        method=method if rounds is None else f"{method}, {rounds} rounds a pose",
         first=first,
         steps=steps,
         step_ms=1e3 * float(np.mean(times)),
