@@ -16,13 +16,13 @@ from ppl.inference.gbp.final import Final, finished
 from ppl.inference.gbp.problem import Problem, summary
 from ppl.inference.gbp.state import State
 from ppl.inference.groups import Robust
+from ppl.inference.groups.weights import RobustWeights
 from ppl.inference.numerics.sparse import NotPositive
 from ppl.marginals import JointGaussian
 from ppl.posterior import Evidence, Joint, Posterior
 from ppl.streams import Streams
 
 _FEASIBLE = 3_000_000, 150_000_000
-_OUTLIER = 0.1  # robust weight below which a row counts as one
 
 
 def posterior(problem: Problem, state: State) -> Posterior:
@@ -162,15 +162,11 @@ def _notes(final: Final) -> dict[str, Any]:
     weights = _robust_weights(final)
     if weights:
         notes["robust weights"] = weights
-        notes["outliers"] = {
-            name: f"{int((w < _OUTLIER).sum())} of {w.numel()} have a weight below {_OUTLIER}"
-            for name, w in weights.items()
-        }
     return notes
 
 
-def _robust_weights(final: Final) -> dict[str, Tensor]:
-    """Weights ``[*plates]`` of robust rows at the means, by group."""
+def _robust_weights(final: Final) -> RobustWeights:
+    """Weights of robust rows at the means."""
     found = {}
     for group in final.problem.groups.groups:
         if isinstance(group.loss, Robust):
@@ -178,8 +174,8 @@ def _robust_weights(final: Final) -> dict[str, Tensor]:
             matching = final.problem.options.matching
             weight = group.loss.terms(outputs, final.state.params, matching, 1.0).weight
             assert weight is not None
-            found[group.name] = weight.reshape(*group.sizes, *weight.shape[1:])
-    return found
+            found[group] = weight
+    return RobustWeights(found)
 
 
 def _alarms(final: Final) -> list[str]:
