@@ -157,6 +157,12 @@ class Graph:
         return tuple(f for f in self.factors.values() if f.kind != "deterministic")
 
     @property
+    def is_improper(self) -> bool:
+        """Whether a law is improper (``Flat``), so that the evidence has no meaning by itself."""
+        laws = (f.law for f in self.densities if f.law is not None)
+        return any(getattr(law.family, "is_improper", False) for law in laws)
+
+    @property
     def deterministics(self) -> tuple[str, ...]:
         """Names of reported quantities."""
         return tuple(f.name for f in self.factors.values() if f.kind == "deterministic")

@@ -159,9 +159,7 @@ def posterior(problem: Problem, state: State) -> Posterior:
 
 
 def _kind(problem: Problem) -> str:
-    laws = [f.law for f in problem.bound.graph.densities if f.law is not None]
-    improper = any(getattr(law.family, "is_improper", False) for law in laws)
-    return "exact, improper prior" if improper else "exact"
+    return "exact, improper prior" if problem.bound.graph.is_improper else "exact"
 
 
 def _diagnostics(problem: Problem, state: State, cases: _Cases) -> Diagnostics:

@@ -10,14 +10,14 @@ import torch
 
 from ppl.backend import Reason, Settings
 from ppl.binding import Bound
-from ppl.errors import UnsupportedError
 from ppl.graph import Graph
 from ppl.inference.gbp.layout import Block, Part, layout, make_part, ordered_plates
 from ppl.inference.gbp.options import GBP
 from ppl.inference.gbp.structure import edge_count, is_forest
 from ppl.inference.gbp.wiring import present, regular_rows
 from ppl.inference.groups import FactorGroups, Group, Quadratic, Robust
-from ppl.inference.groups.build import build, unsupported
+from ppl.inference.groups.build import build
+from ppl.inference.groups.support import refuse_settings, unsupported
 
 _CONVEX = ("huber",)
 _TREE_MOST = 2000  # elements up to which a round of the tree schedule is worth its time
@@ -165,14 +165,7 @@ def prepare(bound: Bound, options: GBP, settings: Settings) -> Problem:
     Raises:
         UnsupportedError: an option of ``infer`` is not supported.
     """
-    if settings.minibatch is not None:
-        raise UnsupportedError(
-            "gbp does not support minibatch=. Fit part after part with prior=posterior or posterior.extend(new_data)."
-        )
-    if settings.restarts > 1:
-        raise UnsupportedError(
-            "gbp does not support restarts=: messages start at one point. Call infer with several start=."
-        )
+    refuse_settings("gbp", settings)
     with torch.no_grad():
         return make_problem(
             build(bound),

@@ -137,8 +137,7 @@ def _evidence(final: Final) -> Evidence | None:
     if value is None:
         return None
     kind = ("exact" if problem.plan.is_linear else "Laplace") if problem.plan.is_tree else "Bethe"
-    laws = [f.law for f in problem.bound.graph.densities if f.law is not None]
-    if any(getattr(law.family, "is_improper", False) for law in laws):
+    if problem.bound.graph.is_improper:
         kind += ", improper prior"
     return Evidence(value, 0.0, kind)
 

@@ -5,7 +5,7 @@ from ppl.inference.groups.learning import learn
 from ppl.inference.groups.linearise import energies, linearise, output_jacobian
 from ppl.inference.groups.losses import LogDensity, Loss, Quadratic, Robust
 from ppl.inference.groups.records import FactorGroups, Family, Group, Linearised, Slot
-from ppl.inference.groups.support import unsupported
+from ppl.inference.groups.support import refuse_settings, unsupported
 
 __all__ = [
     "FactorGroups",
@@ -22,5 +22,6 @@ __all__ = [
     "learn",
     "linearise",
     "output_jacobian",
+    "refuse_settings",
     "unsupported",
 ]

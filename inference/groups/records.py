@@ -219,10 +219,6 @@ class FactorGroups:
             for name, x in points.items()
         }
 
-    def gather(self, group: Group, points: Mapping[str, Tensor]) -> list[Tensor]:
-        """Values of a group's slots, ``[F, B, *event]`` each."""
-        return group.gather(points)
-
     def energy(
         self, points: Mapping[str, Tensor], params: Mapping[str, Tensor] | None = None
     ) -> Tensor:

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch.distributions import constraints
 
-from ppl.backend import Reason
+from ppl.backend import Reason, Settings
 from ppl.distributions import Delta, Distribution, Robust, SpikeSlab, Uniform
+from ppl.errors import UnsupportedError
 from ppl.graph import Factor, Graph, Ref, Variable, refs
 from ppl.inference.groups.laws import peel
 from ppl.lower import variables_of
@@ -35,6 +36,29 @@ def unsupported(graph: Graph) -> list[Reason]:
     if not graph.latents:
         reasons.append(Reason("", "the model has no latent."))
     return reasons
+
+
+def refuse_settings(method: str, settings: Settings) -> None:
+    """Refuse what no method on groups can use: parts of the data, and several first points.
+
+    Raises:
+        UnsupportedError: it was asked for.
+
+    >>> from ppl.streams import Streams
+    >>> refuse_settings("gbp", Settings(Streams(0), restarts=2))
+    Traceback (most recent call last):
+    ...
+    ppl.errors.UnsupportedError: gbp does not support restarts=: it starts at one point. Call infer with several start=.
+    """
+    if settings.minibatch is not None:
+        raise UnsupportedError(
+            f"{method} does not support minibatch=. Fit part after part with prior=posterior or "
+            "posterior.extend(new_data)."
+        )
+    if settings.restarts > 1:
+        raise UnsupportedError(
+            f"{method} does not support restarts=: it starts at one point. Call infer with several start=."
+        )
 
 
 def _atoms(graph: Graph, names: set[str]) -> list[Reason]:
@@ -188,4 +212,4 @@ def _nodes(graph: Graph, factor: Factor) -> list[Any]:
     return found
 
 
-__all__ = ["unsupported"]
+__all__ = ["refuse_settings", "unsupported"]

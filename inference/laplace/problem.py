@@ -13,10 +13,11 @@ from ppl.backend import Reason, Settings
 from ppl.binding import Bound
 from ppl.errors import UnsupportedError
 from ppl.graph import Graph
-from ppl.inference.groups.build import build, unsupported
+from ppl.inference.groups.build import build
 from ppl.inference.groups.equations import Equations
 from ppl.inference.groups.losses import Quadratic, Robust
 from ppl.inference.groups.records import FactorGroups
+from ppl.inference.groups.support import refuse_settings, unsupported
 from ppl.inference.laplace.options import LaplaceApproximation
 from ppl.inference.numerics.sparse import Factor, has_cholmod
 
@@ -137,14 +138,7 @@ def prepare(bound: Bound, options: LaplaceApproximation, settings: Settings) -> 
     Raises:
         UnsupportedError: an option of ``infer`` is not supported.
     """
-    if settings.minibatch is not None:
-        raise UnsupportedError(
-            "laplace does not support minibatch=. Leave it out, or use method='qem'."
-        )
-    if settings.restarts > 1:
-        raise UnsupportedError(
-            "laplace does not support restarts=: it starts at one point. Call infer with several start=."
-        )
+    refuse_settings("laplace", settings)
     return make_problem(build(bound), options, settings)
 
 

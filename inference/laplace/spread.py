@@ -122,9 +122,8 @@ def _evidence(problem: Problem, state: State, factor: Factor) -> Evidence:
 
 
 def _kind(problem: Problem) -> str:
-    laws = [f.law for f in problem.bound.graph.densities if f.law is not None]
     kind = "exact" if problem.is_linear else "Laplace"
-    if any(getattr(law.family, "is_improper", False) for law in laws):
+    if problem.bound.graph.is_improper:
         kind += ", improper prior"
     return kind
 
