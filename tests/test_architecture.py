@@ -12,7 +12,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"ppl": "ppl", "inference": "ppl.inference", "models": "ppl.models"}
-SHARED = {"ppl.inference.numerics", "ppl.inference.groups"}  # packages that several backends use
+SHARED = {
+    "ppl.inference.numerics",
+    "ppl.inference.groups",
+    "ppl.inference.particles",
+}  # packages that several backends use
 CORE = {"torch", "numpy", "scipy", "opt_einsum", "typing_extensions"}
 
 

@@ -25,7 +25,7 @@ from ppl import (
     plate,
 )
 from ppl.inference.qem import QEM
-from ppl.inference.qem.blocks import make_blocks
+from ppl.inference.particles.blocks import make_blocks
 
 
 def names(program, options=None, **binding):

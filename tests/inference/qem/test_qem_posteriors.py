@@ -358,7 +358,7 @@ def test_averaging_removes_the_noise_at_the_rate_of_the_theorem():
             restarts=300,
         )
         state = posterior._continue.__self__.state  # the proposals of all restarts
-        finals = next(iter(state.proposals.values())).joint.mean[..., 0]
+        finals = next(iter(state.q.proposals.values())).joint.mean[..., 0]
         return float((finals - 0.5).square().mean().sqrt())
 
     falling = [spread(lambda t: (t + 1.0) ** -0.6, n) for n in (20, 320)]

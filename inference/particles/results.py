@@ -1,4 +1,4 @@
-"""The end of a QEM run: a last weighting with many particles, in replicates, and what is read off it.
+"""The end of a run: a last weighting with many particles, in replicates, and what is read off it.
 
 The replicates' estimates of the evidence are averaged before the log, and weigh the replicates' moments, so that both
 improve with their number; their spread is the standard error.
@@ -18,19 +18,15 @@ from ppl import marginals as mg
 from ppl.backend import Settings
 from ppl.diagnostics import Diagnostics, tail_index
 from ppl.errors import NumericalError, UnsupportedError
-from ppl.inference.qem import kernel
-from ppl.inference.qem.blocks import Block, Member, make_blocks
-from ppl.inference.qem.kernel import State, draw_all, evaluated, param_value, weigh
-from ppl.inference.qem.options import QEM
-from ppl.inference.qem.problem import (
-    Problem,
-    Weighting,
-    final_counts,
-    make_weighting,
-    particle_counts,
-    replicate_count,
-)
-from ppl.inference.qem.proposals import Joint, Particles, Proposal, to_free
+from ppl.inference.particles.approximation import Approximation, Learned, param_value
+from ppl.inference.particles.blocks import Block, Member, make_blocks
+from ppl.inference.particles.counts import final_counts, particle_counts, replicate_count
+from ppl.inference.particles.estep import draw_all, evaluated, weigh
+from ppl.inference.particles.options import ParticleOptions
+from ppl.inference.particles.problem import Problem
+from ppl.inference.particles.proposals import Joint, Particles, Proposal, to_free
+from ppl.inference.particles.start import first_approximation, laid_out
+from ppl.inference.particles.weighting import Weighting, make_weighting
 from ppl.marginals import Marginal
 from ppl.posterior import Evidence, Posterior
 from ppl.streams import Streams
@@ -44,9 +40,11 @@ class Replicate(NamedTuple):
     marginals: dict[str, Tensor]  # axis -> [*plates, K]
 
 
-def posterior(problem: Problem, state: State) -> Posterior:
+def posterior(
+    problem: Problem, q: Approximation, method: str, iterations: int, warnings: tuple[str, ...] = ()
+) -> Posterior:
     """Weigh fresh particles and collect the results."""
-    chosen, agreement = _best_restart(problem, state)
+    chosen, agreement = _best_restart(problem, q)
     counts = final_counts(problem.weighting, problem.options, problem.settings.memory)
     weighting = make_weighting(problem.bound, problem.blocks, counts, 0, problem.settings.memory)
     number = replicate_count(
@@ -56,7 +54,7 @@ def posterior(problem: Problem, state: State) -> Posterior:
     log_z = torch.stack([r.log_z for r in replicates])
     if bool(log_z.isnan().any()) or not bool(log_z.isfinite().any()):
         raise NumericalError(
-            "qem, last weighting: no particle has a finite weight. Run longer, or with more particles."
+            f"{method}, last weighting: no particle has a finite weight. Run longer, or with more particles."
         )
     shares = log_z.softmax(0)
     marginals = _marginals(weighting, replicates, shares)
@@ -66,10 +64,10 @@ def posterior(problem: Problem, state: State) -> Posterior:
     result = Posterior(
         problem.bound,
         marginals,
-        method="qem",
+        method=method,
         sampler=_sampler(problem, weighting, chosen, replicates, shares),
         log_evidence=_evidence(log_z),
-        diagnostics=_diagnostics(weighting, state, marginals, agreement),
+        diagnostics=_diagnostics(weighting, marginals, agreement, iterations, warnings),
         params=params,
         seed=problem.settings.streams.seed,
     )
@@ -81,7 +79,7 @@ def reweight(source: Posterior, particles: int, streams: Streams) -> Posterior:
 
     Each block's joint Gaussian is fitted to joint draws of the posterior.
     """
-    options = QEM(particles=particles, final_particles=particles)
+    options = ParticleOptions(particles=particles, final_particles=particles)
     bound = source.bound
     blocks = make_blocks(bound.graph, options)
     settings = Settings(streams)
@@ -90,8 +88,8 @@ def reweight(source: Posterior, particles: int, streams: Streams) -> Posterior:
     problem = Problem(bound, options, settings, weighting, 1)
     draws = source.samples(4000, seed=streams.seed)
     proposals = {b.axis: _fitted(problem, b, draws) for b in blocks if not b.enumerated}
-    start = kernel.init(replace(problem, options=replace(options, start="standard")))
-    result = posterior(problem, start._replace(proposals=proposals))
+    start = first_approximation(replace(problem, options=replace(options, start="standard")))
+    result = posterior(problem, start._replace(proposals=proposals), "qem", 0)
     result.model, result.why = source.model, f"reweighted from {source.method}"
     result.params = dict(source.params)
     return result
@@ -102,7 +100,7 @@ def _fitted(problem: Problem, block: Block, draws: Mapping[str, Tensor]) -> Prop
         raise UnsupportedError(
             f"reweight: {block.names} have proposals of their own families; fit them with method='qem'."
         )
-    laid = {m.name: kernel._laid_out(m.variable, block, m, draws[m.name]) for m in block.gaussian}
+    laid = {m.name: laid_out(m.variable, block, m, draws[m.name]) for m in block.gaussian}
     free = to_free(block, laid, 1 + len(block.plates))
     mean = free.mean(0)
     apart = free - mean
@@ -114,29 +112,29 @@ def _fitted(problem: Problem, block: Block, draws: Mapping[str, Tensor]) -> Prop
     return Proposal(Joint(mean, cov), {})
 
 
-def _replicate(problem: Problem, weighting: Weighting, state: State, number: int) -> Replicate:
+def _replicate(problem: Problem, weighting: Weighting, q: Approximation, number: int) -> Replicate:
     streams = problem.settings.streams.child(f"replicate {number}")
     with torch.no_grad():
-        particles = draw_all(weighting, state, streams, problem.options.tails)
-        here = evaluated(problem, weighting, particles, state)
+        particles = draw_all(weighting, q, streams, problem.options.tails)
+        here = evaluated(problem, weighting, particles, q)
     weights = weigh(here, last=True)
     return Replicate(
         particles, weights.log_z.detach(), {a: w.detach() for a, w in weights.marginals.items()}
     )
 
 
-def _best_restart(problem: Problem, state: State) -> tuple[State, str]:
+def _best_restart(problem: Problem, q: Approximation) -> tuple[Approximation, str]:
     """The restart with the highest evidence, and how far the others agree."""
     if not problem.weighting.restarts:
-        return state, ""
-    particles = draw_all(problem.weighting, state, problem.settings.streams)
-    log_z = weigh(evaluated(problem, problem.weighting, particles, state)).log_z
+        return q, ""
+    particles = draw_all(problem.weighting, q, problem.settings.streams)
+    log_z = weigh(evaluated(problem, problem.weighting, particles, q)).log_z
     best = int(log_z.argmax())
-    proposals = {a: _select(p, best) for a, p in state.proposals.items()}
-    params = {n: kernel.Learned(*(t[best] for t in p)) for n, p in state.params.items()}
+    proposals = {a: _select(p, best) for a, p in q.proposals.items()}
+    params = {n: Learned(*(t[best] for t in p)) for n, p in q.params.items()}
     near = int((log_z > log_z.max() - 3).sum())
     text = f"{near} of {len(log_z)} restarts reach the best log evidence within 3 nats"
-    return state._replace(proposals=proposals, params=params), text
+    return Approximation(proposals, params), text
 
 
 def _select(p: Proposal, restart: int) -> Proposal:
@@ -207,20 +205,21 @@ def _evidence(log_z: Tensor) -> Evidence:
 
 
 def _diagnostics(
-    weighting: Weighting, state: State, marginals: Mapping[str, Marginal], agreement: str
+    weighting: Weighting,
+    marginals: Mapping[str, Marginal],
+    agreement: str,
+    iterations: int,
+    warnings: tuple[str, ...],
 ) -> Diagnostics:
     ess, tails = {}, {}
     for name, m in marginals.items():
         if isinstance(m, mg.Weighted):
             ess[name] = 1.0 / m.weights.square().sum(0)
             tails[name] = tail_index(m.weights.movedim(0, -1))
-    warnings = []
-    if state.bridge < 1:
-        warnings.append(f"the weights are still tempered (exponent {state.bridge:.2g} of 1)")
     notes: dict[str, object] = {"plan": str(weighting.plan), "particles": dict(weighting.sizes)}
     if agreement:
         notes["restarts"] = agreement
-    return Diagnostics(ess, tails, True, state.iteration, 0.0, tuple(warnings), notes)
+    return Diagnostics(ess, tails, True, iterations, 0.0, warnings, notes)
 
 
 # ---- joint draws ------------------------------------------------------------------------------------------------
@@ -229,7 +228,7 @@ def _diagnostics(
 def _sampler(
     problem: Problem,
     weighting: Weighting,
-    state: State,
+    q: Approximation,
     replicates: list[Replicate],
     shares: Tensor,
 ) -> Any:
@@ -240,7 +239,7 @@ def _sampler(
             minlength=len(replicates),
         )
         parts = [
-            _draw_from(problem, weighting, state, r, int(c), generator)
+            _draw_from(problem, weighting, q, r, int(c), generator)
             for r, c in zip(replicates, counts, strict=True)
             if c > 0
         ]
@@ -253,13 +252,13 @@ def _sampler(
 def _draw_from(
     problem: Problem,
     weighting: Weighting,
-    state: State,
+    q: Approximation,
     r: Replicate,
     n: int,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
     with torch.no_grad():
-        factors = evaluated(problem, weighting, r.particles, state).factors()
+        factors = evaluated(problem, weighting, r.particles, q).factors()
         indices = weighting.plan.draw(factors, n, generator)
     drawn: dict[str, Tensor] = {}
     for block in weighting.blocks:

@@ -1,18 +1,15 @@
-"""Everything that QEM computes once: blocks, lowered factors, contraction plan, particle counts."""
+"""Log-factors of a model lowered over particle axes, and the plan of their contraction."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ppl.backend import Reason, Settings
 from ppl.binding import Bound
-from ppl.errors import ModelError, UnsupportedError
 from ppl.graph import Factor, Graph
 from ppl.inference.contract import (
     Chain,
@@ -21,30 +18,10 @@ from ppl.inference.contract import (
     Plan,
     PlateSpec,
     make_plan,
-    suggest_groups,
 )
-from ppl.inference.qem.blocks import RESTART, Block, make_blocks, merge_blocks
-from ppl.inference.qem.options import QEM
+from ppl.inference.particles.blocks import RESTART, Block
 from ppl.lower import Compiler, Lowered, Operand, map_name
 
-_COMFORTABLE = (
-    200_000  # entries of the largest array up to which more particles cost next to nothing
-)
-_AMPLE = 4_000_000  # entries of the largest array of the last weighting
-_COUNTS = (
-    2000,
-    1000,
-    700,
-    500,
-    300,
-    200,
-    150,
-    100,
-    70,
-    50,
-    30,
-)  # particles of the last weighting, the most that fit
-_POINTS = 4000  # particles of all replicates together, at least
 DEFAULT_MEMORY = 4 * 2**30
 
 
@@ -82,84 +59,6 @@ class Weighting:
         return (*self.lead, *(self.bound.size(p) for p in block.plates))
 
 
-@dataclass(frozen=True, eq=False)
-class Problem:
-    """What ``prepare`` returns."""
-
-    bound: Bound
-    options: QEM
-    settings: Settings
-    weighting: Weighting
-    max_iters: int
-
-    @property
-    def blocks(self) -> tuple[Block, ...]:
-        """All blocks."""
-        return self.weighting.blocks
-
-
-def supports(graph: Graph) -> list[Reason]:
-    """Why QEM cannot fit this graph: a latent without a proposal, or latents of crossed plates that meet."""
-    if not graph.latents:
-        return [
-            Reason(
-                "",
-                "the model has no latent to infer.",
-                "Leave a site out of the data, or use method='exact'.",
-            )
-        ]
-    try:
-        blocks = make_blocks(graph, QEM())
-        sizes = {b.axis: 2 for b in blocks}
-        _plan(_lower(graph, blocks, sizes, 0, dummy_plates(graph), torch.float64, "cpu", ()), None)
-    except UnsupportedError as error:
-        return [Reason("", str(error))]
-    return []
-
-
-def prepare(bound: Bound, options: QEM, settings: Settings) -> Problem:
-    """Blocks, particle counts, lowered factors, plan.
-
-    Raises:
-        UnsupportedError: the plan does not fit the memory budget, or an option of ``infer`` is not supported.
-    """
-    if settings.minibatch is not None:
-        raise UnsupportedError("qem does not support minibatch= in this version. Leave it out.")
-    blocks = make_blocks(bound.graph, options)
-    restarts = settings.restarts if settings.restarts > 1 else 0
-    sizes = particle_counts(bound, blocks, options, settings)
-    try:
-        weighting = make_weighting(bound, blocks, sizes, restarts, settings.memory)
-    except UnsupportedError:
-        if not isinstance(options.groups, str):
-            raise
-        weighting = _grouped(bound, blocks, sizes, restarts, settings.memory)
-    return Problem(bound, options, settings, weighting, settings.max_iters or 500)
-
-
-def _grouped(
-    bound: Bound,
-    blocks: tuple[Block, ...],
-    sizes: Mapping[str, int],
-    restarts: int,
-    memory: int | None,
-) -> Weighting:
-    """The same with blocks merged until the largest array fits the budget; no split of a plate was enough."""
-    budget = memory or DEFAULT_MEMORY
-    made = _lower_bound(bound, blocks, sizes, restarts)
-    groups = suggest_groups(
-        [t.axes for t in made.terms],
-        made.layout,
-        budget,
-        itemsize=_itemsize(bound.dtype),
-        plates_of=[t.plates for t in made.terms],
-        apart=[b.axis for b in blocks if b.enumerated],
-    )
-    merged = merge_blocks(blocks, groups)
-    counts = {b.axis: max(sizes[a.axis] for a in blocks if a.names[0] in b.names) for b in merged}
-    return make_weighting(bound, merged, counts, restarts, memory)
-
-
 def make_weighting(
     bound: Bound,
     blocks: tuple[Block, ...],
@@ -168,82 +67,13 @@ def make_weighting(
     memory: int | None,
 ) -> Weighting:
     """Lower all factors for these particle counts and plan their contraction."""
-    made = _lower_bound(bound, blocks, sizes, restarts)
-    plan = _plan(made, memory or DEFAULT_MEMORY, _itemsize(bound.dtype))
+    made = lower_bound(bound, blocks, sizes, restarts)
+    plan = plan_of(made, memory or DEFAULT_MEMORY, itemsize(bound.dtype))
     static = static_arrays(bound)
     lowered = made.whole.given({k: v for k, v in static.items() if k in made.whole.inputs})
     return Weighting(
         bound, blocks, dict(sizes), restarts, made.terms, lowered, made.singles, made.inputs, plan
     )
-
-
-def particle_counts(
-    bound: Bound, blocks: Sequence[Block], options: QEM, settings: Settings
-) -> dict[str, int]:
-    """Particles of every block: as asked, or as many as cost next to nothing."""
-    asked = options.particles
-    default = asked if isinstance(asked, int) else None
-    named = asked if isinstance(asked, Mapping) else {}
-    known = {n for b in blocks for n in b.names}
-    for name in named:
-        if name not in known:
-            raise ModelError(
-                f"QEM(particles=...) names '{name}', which is not a latent. Latents: {', '.join(sorted(known))}."
-            )
-    for count in (100, 60, 30, 20, 10):
-        sizes = {}
-        for b in blocks:
-            own = [named[n] for n in b.names if n in named]
-            sizes[b.axis] = values_of(b) if b.enumerated else own[0] if own else default or count
-        if default is not None or largest(bound, blocks, sizes) <= _COMFORTABLE * (
-            1 if count > 30 else 20
-        ):
-            return sizes
-    return sizes
-
-
-def final_counts(weighting: Weighting, options: QEM, memory: int | None) -> dict[str, int]:
-    """Particles of the last weighting: up to 2000 a block while the largest array stays ample.
-
-    Blocks in plates get more than those outside: their sums are estimates that multiply over the plate, and replicates
-    add particles to the others.
-    """
-    blocks = weighting.blocks
-    budget = min(_AMPLE, (memory or DEFAULT_MEMORY) // 64)
-    for count in (options.final_particles,) if options.final_particles else _COUNTS:
-        inner = count if options.final_particles else min(4 * count, _COUNTS[0])
-        sizes = {
-            b.axis: values_of(b) if b.enumerated else inner if b.plates else count for b in blocks
-        }
-        if options.final_particles or largest(weighting.bound, blocks, sizes) <= budget:
-            return sizes
-    return {b.axis: weighting.sizes[b.axis] for b in blocks}
-
-
-def replicate_count(options: QEM, counts: Iterable[int]) -> int:
-    """Replicates of the last weighting: at least 8, and up to 40 where each has few particles."""
-    if options.replicates is not None:
-        return options.replicates
-    return min(max(8, math.ceil(_POINTS / min(counts, default=_POINTS))), 40)
-
-
-def largest(bound: Bound, blocks: Sequence[Block], sizes: Mapping[str, int]) -> int:
-    """Entries of the largest array that one evaluation makes."""
-    made = _lower_bound(bound, tuple(blocks), sizes, 0)
-    plan = _plan(made, None)
-    size_of = {**sizes, **{p: bound.size(p) for p in bound.graph.plates}}
-    factors = [
-        torch.Size(size_of.get(a, size_of.get(a.rstrip("'"), 1)) for a in t.axes).numel()
-        for t in made.terms
-    ]
-    return max([plan.largest[1], *factors])
-
-
-def values_of(block: Block) -> int:
-    """Number of values of an enumerated block."""
-    count = block.members[0].variable.cardinality
-    assert count is not None
-    return count
 
 
 def real_plates(bound: Bound) -> dict[str, PlateSpec]:
@@ -272,6 +102,13 @@ def static_arrays(bound: Bound) -> dict[str, Tensor]:
     return arrays | {name + "@mask": mask for name, mask in bound.masks.items()}
 
 
+def values_of(block: Block) -> int:
+    """Number of values of an enumerated block."""
+    count = block.members[0].variable.cardinality
+    assert count is not None
+    return count
+
+
 def variable_axes(
     graph: Graph, blocks: Sequence[Block], restarts: int
 ) -> dict[str, tuple[str, ...]]:
@@ -298,16 +135,16 @@ class _Made(NamedTuple):
     layout: Layout
 
 
-def _lower_bound(
+def lower_bound(
     bound: Bound, blocks: tuple[Block, ...], sizes: Mapping[str, int], restarts: int
 ) -> _Made:
     masks = tuple(bound.masks)
-    return _lower(
+    return lower(
         bound.graph, blocks, sizes, restarts, real_plates(bound), bound.dtype, bound.device, masks
     )
 
 
-def _lower(
+def lower(
     graph: Graph,
     blocks: tuple[Block, ...],
     sizes: Mapping[str, int],
@@ -347,12 +184,12 @@ def _lower(
     return _Made(tuple(terms), whole.finish(outputs), tuple(singles), inputs, layout)
 
 
-def _plan(made: _Made, memory: int | None, itemsize: int = 8) -> Plan:
+def plan_of(made: _Made, memory: int | None, itemsize: int = 8) -> Plan:
     scopes, plates = [t.axes for t in made.terms], [t.plates for t in made.terms]
     return make_plan(scopes, made.layout, memory=memory, itemsize=itemsize, plates_of=plates)
 
 
-def _itemsize(dtype: torch.dtype) -> int:
+def itemsize(dtype: torch.dtype) -> int:
     return torch.empty((), dtype=dtype).element_size()
 
 
@@ -409,18 +246,3 @@ def _narrowed(weighting: Weighting, name: str, array: Tensor, rows: Mapping[str,
         if axis in rows:
             array = array.index_select(at, rows[axis].to(array.device))
     return array
-
-
-def describe(bound: Bound, options: QEM, settings: Settings) -> str:
-    """One line for ``explain``: blocks, particles and the largest array of an iteration.
-
-    Raises:
-        UnsupportedError: the plan does not fit the memory budget.
-    """
-    weighting = prepare(bound, options, settings).weighting
-    blocks, sizes, plan = weighting.blocks, weighting.sizes, weighting.plan
-    text = ", ".join(
-        f"{'+'.join(b.names)} ({'all' if b.enumerated else sizes[b.axis]})" for b in blocks
-    )
-    _, elements, size = plan.largest
-    return f"particles of {text}; largest array {elements} entries, {size / 2**20:.1f} MiB"

@@ -18,7 +18,7 @@ from torch.distributions.transforms import Transform
 from ppl.errors import ModelError, UnsupportedError, nearest
 from ppl.graph import Graph, Variable
 from ppl.inference.numerics.expfam import FAMILIES
-from ppl.inference.qem.options import QEM
+from ppl.inference.particles.options import ParticleOptions
 from ppl.manifolds import manifold_of
 from ppl.passes import upstream
 
@@ -83,7 +83,7 @@ class Block:
         return sum(m.dims for m in self.gaussian)
 
 
-def make_blocks(graph: Graph, options: QEM) -> tuple[Block, ...]:
+def make_blocks(graph: Graph, options: ParticleOptions) -> tuple[Block, ...]:
     """Partition the latents.
 
     Raises:
@@ -127,7 +127,7 @@ def make_blocks(graph: Graph, options: QEM) -> tuple[Block, ...]:
     return tuple(blocks + fixed)
 
 
-def _is_enumerable(v: Variable, options: QEM) -> bool:
+def _is_enumerable(v: Variable, options: ParticleOptions) -> bool:
     # A vector of discrete values would have cardinality^length combinations in one element: its entries are sampled.
     return (
         v.is_discrete
@@ -192,7 +192,7 @@ def _transform(v: Variable) -> Transform | None:
     if v.is_discrete:
         raise UnsupportedError(
             f"'{v.name}': a discrete latent without a finite set of values needs a proposal. "
-            f"Name one: QEM(q={{'{v.name}': 'Poisson'}})."
+            f"Name one: q={{'{v.name}': 'Poisson'}}."
         )
     if v.support is constraints.dependent:
         raise UnsupportedError(
@@ -207,7 +207,7 @@ def _transform(v: Variable) -> Transform | None:
     try:
         return biject_to(v.support)
     except NotImplementedError:
-        remedy = f"Give it a proposal family: QEM(q={{'{v.name}': ...}})."
+        remedy = f"Give it a proposal family: q={{'{v.name}': ...}}."
         if manifold_of(v) is not None:
             remedy = "Use method='laplace' or 'gbp'."
         raise UnsupportedError(
@@ -231,13 +231,13 @@ def _family(v: Variable, override: Any) -> tuple[str | None, Any]:
         return None, None
     if name not in FAMILIES:
         raise ModelError(
-            f"QEM(q={{'{v.name}': {name}}}): no exponential family of that name.{nearest(name, FAMILIES)} "
+            f"q={{'{v.name}': {name}}}: no exponential family of that name.{nearest(name, FAMILIES)} "
             f"Families: {', '.join(FAMILIES)}."
         )
     return name, start
 
 
-def _overrides(options: QEM, latents: Mapping[str, Variable]) -> dict[str, Any]:
+def _overrides(options: ParticleOptions, latents: Mapping[str, Variable]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in (options.q or {}).items():
         for name in key if isinstance(key, tuple) else (key,):
@@ -249,12 +249,14 @@ def _overrides(options: QEM, latents: Mapping[str, Variable]) -> dict[str, Any]:
 def _check_name(option: str, name: str, latents: Iterable[str]) -> None:
     if name not in latents:
         raise ModelError(
-            f"QEM({option}=...) names '{name}', which is not a latent of the model.{nearest(name, latents)} "
+            f"{option}=... names '{name}', which is not a latent of the model.{nearest(name, latents)} "
             f"Latents: {', '.join(latents)}."
         )
 
 
-def _groups(graph: Graph, members: Mapping[str, Member], options: QEM) -> list[list[str]]:
+def _groups(
+    graph: Graph, members: Mapping[str, Member], options: ParticleOptions
+) -> list[list[str]]:
     asked = [] if isinstance(options.groups, str) else [list(g) for g in options.groups]
     asked += [list(key) for key in (options.q or {}) if isinstance(key, tuple)]
     named: set[str] = set()
@@ -263,15 +265,15 @@ def _groups(graph: Graph, members: Mapping[str, Member], options: QEM) -> list[l
             _check_name("groups", name, [v.name for v in graph.latents])
             if name not in members:
                 raise ModelError(
-                    f"QEM(groups=...): '{name}' is enumerated or a chain and has an index of its own."
+                    f"groups=...: '{name}' is enumerated or a chain and has an index of its own."
                 )
             if name in named:
-                raise ModelError(f"QEM(groups=...): '{name}' stands in two groups.")
+                raise ModelError(f"groups=...: '{name}' stands in two groups.")
             named.add(name)
         contexts = {_block_plates(graph, members[n]) for n in group}
         if len(contexts) > 1:
             raise ModelError(
-                f"QEM(groups=...): {group} lie in different plates {sorted(contexts)}. Group latents of one plate."
+                f"groups=...: {group} lie in different plates {sorted(contexts)}. Group latents of one plate."
             )
     free = [n for n in members if n not in named]
     return [sorted(g, key=list(members).index) for g in asked] + _automatic(
@@ -280,7 +282,7 @@ def _groups(graph: Graph, members: Mapping[str, Member], options: QEM) -> list[l
 
 
 def _automatic(
-    graph: Graph, members: Mapping[str, Member], free: Sequence[str], options: QEM
+    graph: Graph, members: Mapping[str, Member], free: Sequence[str], options: ParticleOptions
 ) -> list[list[str]]:
     """Merge latents of one context that meet in a factor while the joint Gaussian stays small."""
     groups = [[n] for n in free]
@@ -300,7 +302,7 @@ def _automatic(
     return [sorted(g, key=list(members).index) for g in groups]
 
 
-def _meetings(graph: Graph, options: QEM) -> list[tuple[str, ...]]:
+def _meetings(graph: Graph, options: ParticleOptions) -> list[tuple[str, ...]]:
     """Scopes of the factors, and of all factors around an enumerated latent together: it is summed out of their product."""
     scopes = [f.scope for f in graph.densities]
     for v in graph.latents:

@@ -18,7 +18,7 @@ from ppl import distributions
 from ppl.errors import ModelError
 from ppl.inference.numerics.expfam import FAMILIES
 from ppl.inference.numerics.linalg import safe_cholesky, weighted_moments
-from ppl.inference.qem.blocks import Block, Member
+from ppl.inference.particles.blocks import Block, Member
 from ppl.streams import Streams
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -221,7 +221,8 @@ def _floored(cov: Tensor, before: Joint) -> Tensor:
     return cov + torch.diag_embed(lack)
 
 
-def _fixed(member: Member) -> dict[str, Tensor | int]:
+def fixed_arguments(member: Member) -> dict[str, Tensor | int]:
+    """Arguments of a member's family that are not learned."""
     family = FAMILIES[member.family or ""]
     if not family.fixed:
         return {}
@@ -229,7 +230,7 @@ def _fixed(member: Member) -> dict[str, Tensor | int]:
         return {"categories": member.variable.cardinality}
     if member.start is None:
         raise ModelError(
-            f"QEM(q={{'{member.name}': '{family.name}'}}): {family.name} needs its fixed {', '.join(family.fixed)}. "
+            f"q={{'{member.name}': '{family.name}'}}: {family.name} needs its fixed {', '.join(family.fixed)}. "
             f"Give a law with start values, such as {family.name}(...)."
         )
     return {name: torch.as_tensor(getattr(member.start, name)) for name in family.fixed}
@@ -239,7 +240,7 @@ def _draw_family(
     member: Member, mean: tuple[Tensor, ...], k: int, streams: Streams
 ) -> tuple[Tensor, Tensor]:
     family = FAMILIES[member.family or ""]
-    fixed = _fixed(member)
+    fixed = fixed_arguments(member)
     standard = family.standard_from_mean(mean, **fixed)
     law_class = getattr(distributions, family.name)
     stat_dims = family.stat_dims[0]
@@ -266,5 +267,5 @@ def _update_family(
     )
     spread = spread.expand(values.shape[: values.ndim - family.event_dim])
     return family.average(
-        old, family.weighted_mean(values, spread, dim=dim, **_fixed(member)), step
+        old, family.weighted_mean(values, spread, dim=dim, **fixed_arguments(member)), step
     )

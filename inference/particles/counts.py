@@ -1,0 +1,104 @@
+"""How many particles each block gets, and what the largest array of a weighting then holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from ppl.backend import Settings
+from ppl.binding import Bound
+from ppl.errors import ModelError
+from ppl.inference.particles.blocks import Block
+from ppl.inference.particles.options import ParticleOptions
+from ppl.inference.particles.weighting import (
+    DEFAULT_MEMORY,
+    Weighting,
+    lower_bound,
+    plan_of,
+    values_of,
+)
+
+_COMFORTABLE = (
+    200_000  # entries of the largest array up to which more particles cost next to nothing
+)
+_AMPLE = 4_000_000  # entries of the largest array of the last weighting
+_COUNTS = (
+    2000,
+    1000,
+    700,
+    500,
+    300,
+    200,
+    150,
+    100,
+    70,
+    50,
+    30,
+)  # particles of the last weighting, the most that fit
+_POINTS = 4000  # particles of all replicates together, at least
+
+
+def particle_counts(
+    bound: Bound, blocks: Sequence[Block], options: ParticleOptions, settings: Settings
+) -> dict[str, int]:
+    """Particles of every block: as asked, or as many as cost next to nothing."""
+    asked = options.particles
+    default = asked if isinstance(asked, int) else None
+    named = asked if isinstance(asked, Mapping) else {}
+    known = {n for b in blocks for n in b.names}
+    for name in named:
+        if name not in known:
+            raise ModelError(
+                f"particles=... names '{name}', which is not a latent. Latents: {', '.join(sorted(known))}."
+            )
+    for count in (100, 60, 30, 20, 10):
+        sizes = {}
+        for b in blocks:
+            own = [named[n] for n in b.names if n in named]
+            sizes[b.axis] = values_of(b) if b.enumerated else own[0] if own else default or count
+        if default is not None or largest(bound, blocks, sizes) <= _COMFORTABLE * (
+            1 if count > 30 else 20
+        ):
+            return sizes
+    return sizes
+
+
+def final_counts(
+    weighting: Weighting, options: ParticleOptions, memory: int | None
+) -> dict[str, int]:
+    """Particles of the last weighting: up to 2000 a block while the largest array stays ample.
+
+    Blocks in plates get more than those outside: their sums are estimates that multiply over the plate, and replicates
+    add particles to the others.
+    """
+    blocks = weighting.blocks
+    budget = min(_AMPLE, (memory or DEFAULT_MEMORY) // 64)
+    for count in (options.final_particles,) if options.final_particles else _COUNTS:
+        inner = count if options.final_particles else min(4 * count, _COUNTS[0])
+        sizes = {
+            b.axis: values_of(b) if b.enumerated else inner if b.plates else count for b in blocks
+        }
+        if options.final_particles or largest(weighting.bound, blocks, sizes) <= budget:
+            return sizes
+    return {b.axis: weighting.sizes[b.axis] for b in blocks}
+
+
+def replicate_count(options: ParticleOptions, counts: Iterable[int]) -> int:
+    """Replicates of the last weighting: at least 8, and up to 40 where each has few particles."""
+    if options.replicates is not None:
+        return options.replicates
+    return min(max(8, math.ceil(_POINTS / min(counts, default=_POINTS))), 40)
+
+
+def largest(bound: Bound, blocks: Sequence[Block], sizes: Mapping[str, int]) -> int:
+    """Entries of the largest array that one evaluation makes."""
+    made = lower_bound(bound, tuple(blocks), sizes, 0)
+    plan = plan_of(made, None)
+    size_of = {**sizes, **{p: bound.size(p) for p in bound.graph.plates}}
+    factors = [
+        torch.Size(size_of.get(a, size_of.get(a.rstrip("'"), 1)) for a in t.axes).numel()
+        for t in made.terms
+    ]
+    return max([plan.largest[1], *factors])

@@ -1,0 +1,123 @@
+"""What a method on particles computes once: blocks, particle counts, and the plan of their weighting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ppl.backend import Reason, Settings
+from ppl.binding import Bound
+from ppl.errors import UnsupportedError
+from ppl.graph import Graph
+from ppl.inference.contract import suggest_groups
+from ppl.inference.particles.blocks import Block, make_blocks, merge_blocks
+from ppl.inference.particles.counts import particle_counts
+from ppl.inference.particles.options import ParticleOptions
+from ppl.inference.particles.weighting import (
+    DEFAULT_MEMORY,
+    Weighting,
+    dummy_plates,
+    itemsize,
+    lower,
+    lower_bound,
+    make_weighting,
+    plan_of,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What ``prepare`` returns."""
+
+    bound: Bound
+    options: Any
+    settings: Settings
+    weighting: Weighting
+    max_iters: int
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """All blocks."""
+        return self.weighting.blocks
+
+
+def supports(graph: Graph) -> list[Reason]:
+    """Why particles cannot fit this graph: a latent without a proposal, or latents of crossed plates that meet."""
+    if not graph.latents:
+        return [
+            Reason(
+                "",
+                "the model has no latent to infer.",
+                "Leave a site out of the data, or use method='exact'.",
+            )
+        ]
+    try:
+        blocks = make_blocks(graph, ParticleOptions())
+        sizes = {b.axis: 2 for b in blocks}
+        plan_of(lower(graph, blocks, sizes, 0, dummy_plates(graph), torch.float64, "cpu", ()), None)
+    except UnsupportedError as error:
+        return [Reason("", str(error))]
+    return []
+
+
+def prepare_particles(
+    bound: Bound, options: ParticleOptions, settings: Settings, max_iters: int
+) -> Problem:
+    """Blocks, particle counts, lowered factors, plan.
+
+    Raises:
+        UnsupportedError: the plan does not fit the memory budget, or an option of ``infer`` is not supported.
+    """
+    if settings.minibatch is not None:
+        raise UnsupportedError("minibatch= is not supported in this version. Leave it out.")
+    blocks = make_blocks(bound.graph, options)
+    restarts = settings.restarts if settings.restarts > 1 else 0
+    sizes = particle_counts(bound, blocks, options, settings)
+    try:
+        weighting = make_weighting(bound, blocks, sizes, restarts, settings.memory)
+    except UnsupportedError:
+        if not isinstance(options.groups, str):
+            raise
+        weighting = _grouped(bound, blocks, sizes, restarts, settings.memory)
+    return Problem(bound, options, settings, weighting, max_iters)
+
+
+def _grouped(
+    bound: Bound,
+    blocks: tuple[Block, ...],
+    sizes: Mapping[str, int],
+    restarts: int,
+    memory: int | None,
+) -> Weighting:
+    """The same with blocks merged until the largest array fits the budget; no split of a plate was enough."""
+    budget = memory or DEFAULT_MEMORY
+    made = lower_bound(bound, blocks, sizes, restarts)
+    groups = suggest_groups(
+        [t.axes for t in made.terms],
+        made.layout,
+        budget,
+        itemsize=itemsize(bound.dtype),
+        plates_of=[t.plates for t in made.terms],
+        apart=[b.axis for b in blocks if b.enumerated],
+    )
+    merged = merge_blocks(blocks, groups)
+    counts = {b.axis: max(sizes[a.axis] for a in blocks if a.names[0] in b.names) for b in merged}
+    return make_weighting(bound, merged, counts, restarts, memory)
+
+
+def describe(bound: Bound, options: ParticleOptions, settings: Settings) -> str:
+    """One line for ``explain``: blocks, particles and the largest array of an iteration.
+
+    Raises:
+        UnsupportedError: the plan does not fit the memory budget.
+    """
+    weighting = prepare_particles(bound, options, settings, 1).weighting
+    blocks, sizes, plan = weighting.blocks, weighting.sizes, weighting.plan
+    text = ", ".join(
+        f"{'+'.join(b.names)} ({'all' if b.enumerated else sizes[b.axis]})" for b in blocks
+    )
+    _, elements, size = plan.largest
+    return f"particles of {text}; largest array {elements} entries, {size / 2**20:.1f} MiB"
