@@ -4,8 +4,12 @@ if __name__ != "ppl.models":  # a second copy of every model would come of it
     raise ImportError("this folder is imported as ppl.models: write 'import ppl.models'")
 
 from ppl.models import datasets, pose_graphs, transforms, worlds
+from ppl.models.bnn import classifier, regression
+from ppl.models.epidemics import covid
 from ppl.models.grids import denoise, denoise_pairs, gaussian_grid, stereo
-from ppl.models.hierarchical import eight_schools, radon, radon_states, rats
+from ppl.models.hierarchical import eight_schools, radon, radon_counties, radon_states, rats
+from ppl.models.logistic import bus_breakdown, chimpanzees
+from ppl.models.occupancy import occupancy
 from ppl.models.ratings import movielens
 from ppl.models.slam import bundle_adjustment, pose_graph_2d, pose_graph_3d
 from ppl.models.sparse import (
@@ -30,7 +34,11 @@ from ppl.models.timeseries import (
 __all__ = [
     "autoregression",
     "bundle_adjustment",
+    "bus_breakdown",
     "chain_sparse",
+    "chimpanzees",
+    "classifier",
+    "covid",
     "datasets",
     "denoise",
     "denoise_pairs",
@@ -41,13 +49,16 @@ __all__ = [
     "local_linear_trend",
     "movielens",
     "nonnegative_sparse",
+    "occupancy",
     "one_bit",
     "pose_graph_2d",
     "pose_graph_3d",
     "pose_graphs",
     "radon",
+    "radon_counties",
     "radon_states",
     "rats",
+    "regression",
     "sensed_image",
     "sparse_binary",
     "sparse_counts",

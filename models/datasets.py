@@ -1,22 +1,55 @@
 """Data for the models: classic tables typed in, and loaders for files too large for that.
 
-A file is looked for in the folder that ``$PPL_DATA`` names, then in ``../shared/data`` beside a
-source checkout. Nothing is downloaded: where a file is missing, the error says where to get it.
+Files are looked for as :mod:`ppl.models.files` says; nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ppl.errors import DataError, nearest
+from ppl.models.files import Split, absent, arrays_of, find
+from ppl.models.learning_sets import cifar10, diabetes, digits, fashion_mnist, mnist, uci
+from ppl.models.plated import (
+    bus_breakdown,
+    chimpanzees,
+    covid,
+    movielens,
+    occupancy,
+    radon_counties,
+    radon_states,
+    with_first,
+)
 from ppl.models.pose_graphs import PoseGraph, full_information
 
-_CHECKOUT = Path(__file__).resolve().parent.parent
+__all__ = [
+    "MINNESOTA_FILES",
+    "Split",
+    "bear",
+    "bus_breakdown",
+    "chimpanzees",
+    "cifar10",
+    "covid",
+    "desk",
+    "diabetes",
+    "digits",
+    "eight_schools",
+    "fashion_mnist",
+    "find",
+    "mnist",
+    "movielens",
+    "occupancy",
+    "pose_graph",
+    "radon_counties",
+    "radon_minnesota",
+    "radon_states",
+    "rats",
+    "uci",
+    "with_first",
+]
 
 MINNESOTA_FILES = (
     "radon_mn.json",  # the name in posteriordb
@@ -26,11 +59,6 @@ _MINNESOTA_SOURCE = (
     "posterior_database/data/data/radon_mn.json.zip of https://github.com/stan-dev/posteriordb, "
     "unpacked there as radon_mn.json"
 )
-_STATES_SOURCE = (
-    "https://github.com/alan-ppl/alan, examples/models/radon, written as a NumPy archive with the "
-    "arrays obs, basement and log_uranium, each with _train and _test at the end"
-)
-
 _POSE_GRAPHS = {
     "manhattan3500": "the g2o files that SE-Sync distributes, https://github.com/david-m-rosen/SE-Sync",
     "intel": "the g2o files that SE-Sync distributes, https://github.com/david-m-rosen/SE-Sync",
@@ -53,30 +81,6 @@ _WEIGHTS = """
     132 185 237 286 331   160 207 257 303 345   169 216 261 295 333   157 205 248 289 316
     137 180 219 258 291   153 200 244 286 324
 """
-
-
-class Split(NamedTuple):
-    """Data to fit, and data of the same form to judge the fit by."""
-
-    train: dict[str, Any]
-    test: dict[str, Any]
-
-
-def find(name: str) -> Path | None:
-    """The data file of this name, or None where it is not on this machine.
-
-    Args:
-        name: path inside the data folder, such as ``"radon/radon_states.npz"``.
-
-    >>> find("no such file") is None
-    True
-    """
-    folder = os.environ.get("PPL_DATA")
-    folders = [Path(folder).expanduser()] if folder else []
-    if (_CHECKOUT / "pyproject.toml").is_file():
-        folders.append(_CHECKOUT.parent / "shared" / "data")
-    paths = (folder / name for folder in folders)
-    return next((path for path in paths if path.is_file()), None)
 
 
 def eight_schools() -> dict[str, Any]:
@@ -129,7 +133,7 @@ def radon_minnesota() -> dict[str, np.ndarray]:
     found = (find(name) for name in MINNESOTA_FILES)
     path = next((path for path in found if path is not None), None)
     if path is None:
-        raise _absent(MINNESOTA_FILES[0], _MINNESOTA_SOURCE)
+        raise absent(MINNESOTA_FILES[0], _MINNESOTA_SOURCE)
     table = json.loads(path.read_text(encoding="utf-8"))
     return {
         "log_radon": np.array(table["log_radon"], dtype=float),
@@ -137,35 +141,6 @@ def radon_minnesota() -> dict[str, np.ndarray]:
         "county": np.array([f"county {number:02d}" for number in table["county_idx"]]),
         "uranium": np.array(table["log_uppm"], dtype=float),
     }
-
-
-def radon_states() -> Split:
-    """Radon in four states, 150 zip codes each, for :func:`ppl.models.radon_states`.
-
-    Returns:
-        Train and test, each with ``obs`` (log pCi/L), ``basement`` (0 or 1) and ``log_uranium``
-        (log ppm), all ``[State, Zip]`` = ``[4, 150]``. The split is by sorted zip code, not at
-        random, so that covariates shift: scores on test are lower than on train.
-
-    Raises:
-        DataError: the file is not on this machine.
-
-    Source: [Heap2025], from the state residential radon survey of the EPA.
-    """
-    return _split("radon/radon_states.npz")
-
-
-def radon_counties() -> Split:
-    """Radon in seven states of five counties of five zip codes each, as :func:`radon_states`.
-
-    Returns:
-        Train and test, each array ``[State, County, Zip]`` = ``[7, 5, 5]``. Counties of test are
-        not those of train.
-
-    Raises:
-        DataError: the file is not on this machine.
-    """
-    return _split("radon/radon_counties.npz")
 
 
 def pose_graph(name: str = "manhattan3500") -> PoseGraph:
@@ -183,7 +158,7 @@ def pose_graph(name: str = "manhattan3500") -> PoseGraph:
         raise DataError(
             f"there is no pose graph '{name}'.{nearest(name, _POSE_GRAPHS)} Known: {', '.join(_POSE_GRAPHS)}."
         )
-    arrays = _arrays(f"gbp/{name}.npz", _POSE_GRAPHS[name])
+    arrays = arrays_of(f"gbp/{name}.npz", _POSE_GRAPHS[name])
     data = {key: arrays[key] for key in ("i", "j", "z", "anchor", "anchor_precision")}
     data["info"] = full_information(arrays["info_upper"])
     return PoseGraph(data, arrays["init"], arrays.get("truth"))
@@ -198,7 +173,7 @@ def desk() -> dict[str, np.ndarray]:
     Raises:
         DataError: the file is not on this machine.
     """
-    arrays = _arrays("gbp/ba_fr1desk_vsmall.npz", _DESK_SOURCE)
+    arrays = arrays_of("gbp/ba_fr1desk_vsmall.npz", _DESK_SOURCE)
     return {
         "pixel": arrays["meas"],
         "seen_by": arrays["cam_idx"],
@@ -224,7 +199,7 @@ def bear(frame: int = 0) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         DataError: the file is not on this machine.
     """
-    arrays = _arrays("gbp/bear_video.npz", _BEAR_SOURCE)
+    arrays = arrays_of("gbp/bear_video.npz", _BEAR_SOURCE)
     low, high = (arrays[f"{end}_258x454"].astype(float) for end in ("vmin", "vmax"))
     shape = arrays["noise_mask_shape"]
     mask = np.unpackbits(arrays["noise_mask_packed"])[: np.prod(shape)].reshape(shape).astype(bool)
@@ -232,30 +207,3 @@ def bear(frame: int = 0) -> tuple[np.ndarray, np.ndarray]:
     clean = noisy[frame].copy()
     noisy[mask] = arrays["noise_values"]
     return clean, noisy[frame]
-
-
-def _arrays(name: str, source: str) -> dict[str, np.ndarray]:
-    path = find(name)
-    if path is None:
-        raise _absent(name, source)
-    with np.load(path) as archive:
-        return {key: archive[key] for key in archive.files}
-
-
-def _split(name: str) -> Split:
-    arrays = {key: array.astype(float) for key, array in _arrays(name, _STATES_SOURCE).items()}
-    train, test = (
-        {key.removesuffix(part): array for key, array in arrays.items() if key.endswith(part)}
-        for part in ("_train", "_test")
-    )
-    return Split(train, test)
-
-
-def _absent(name: str, source: str) -> DataError:
-    folder = os.environ.get("PPL_DATA")
-    looked = f"'{folder}' ($PPL_DATA)" if folder else "$PPL_DATA (not set)"
-    return DataError(
-        f"the data file '{name}' is not on this machine: looked in {looked} and in ../shared/data "
-        f"beside a source checkout. Set PPL_DATA to a folder and put the file there. It is from "
-        f"{source}."
-    )

@@ -7,6 +7,7 @@ Normal(m, s) takes a standard deviation s. Each model fits the data of the same 
 from __future__ import annotations
 
 from ppl import HalfCauchy, HalfNormal, Normal, given, latent, model, observe, plate
+from ppl.models.units import normal_in_units
 
 
 @model
@@ -99,7 +100,7 @@ def radon(uranium: bool = True) -> None:
 
 
 @model
-def radon_states() -> None:
+def radon_states(rescaled: bool = False) -> None:
     """Radon by state, with a line in basement and uranium for each. Units: log pCi/L, log ppm.
 
     global_mean, global_log_sigma ~ Normal(0, 1). For each state s State_mean_s ~
@@ -110,6 +111,9 @@ def radon_states() -> None:
     Latents: ``global_*`` are scalars, the others ``[State]``. Data: ``obs``, ``basement``,
     ``log_uranium``, all ``[State, Zip]``.
 
+    Args:
+        rescaled: whether State_mean is stated in thousands, as in the paper's comparison.
+
     Source: [Heap2025], radon.
 
     >>> houses = {"basement": [[1, 0, 1], [1, 1, 0]], "log_uranium": [[0.1] * 3, [0.2] * 3]}
@@ -119,10 +123,51 @@ def radon_states() -> None:
     global_mean = latent("global_mean", Normal(0.0, 1.0))
     global_log_sigma = latent("global_log_sigma", Normal(0.0, 1.0))
     with plate("State"):
-        mean = latent("State_mean", Normal(global_mean, global_log_sigma.exp()))
+        unit = 1000.0 if rescaled else 1.0
+        mean = normal_in_units("State_mean", global_mean, global_log_sigma.exp(), unit)
         log_sigma = latent("State_log_sigma", Normal(0.0, 1.0))
         beta_u = latent("Beta_u", Normal(0.0, 1.0))
         beta_basement = latent("Beta_basement", Normal(0.0, 1.0))
         with plate("Zip"):
             centre = mean + given("basement") * beta_basement + given("log_uranium") * beta_u
             observe("obs", Normal(centre, log_sigma.exp()))
+
+
+@model
+def radon_counties(rescaled: bool = False) -> None:
+    """Radon by county within state, with a line in basement and uranium for each county.
+
+    global_mean, global_log_sigma ~ Normal(0, 1). For each state s State_mean_s ~ Normal(global_mean,
+    exp(global_log_sigma)) and State_log_sigma_s ~ Normal(0, 1); for each county c of it
+    County_mean_sc ~ Normal(State_mean_s, exp(State_log_sigma_s)); County_log_sigma_sc, Beta_u_sc,
+    Beta_basement_sc ~ Normal(0, 1); for each zip code z of it obs_scz ~ Normal(County_mean_sc +
+    basement_scz Beta_basement_sc + log_uranium_scz Beta_u_sc, exp(County_log_sigma_sc)). Units: log
+    pCi/L, log ppm.
+
+    Latents: ``global_*`` are scalars, ``State_*`` ``[State]``, the others ``[State, County]``. Data:
+    ``obs``, ``basement``, ``log_uranium``, all ``[State, County, Zip]``.
+
+    Args:
+        rescaled: whether County_mean is stated in hundreds, Beta_u in tens and Beta_basement in
+            thousands, as in the paper's comparison.
+
+    Source: [Heap2025], radon, the earlier revision, which is behind the published curves.
+
+    >>> houses = {"basement": [[[1, 0], [1, 1]]], "log_uranium": [[[0.1, 0.1], [0.2, 0.2]]]}
+    >>> radon_counties.sample(5, houses, seed=0)["Beta_u"].shape
+    torch.Size([5, 1, 2])
+    """
+    of_mean, of_uranium, of_basement = (100.0, 10.0, 1000.0) if rescaled else (1.0, 1.0, 1.0)
+    global_mean = latent("global_mean", Normal(0.0, 1.0))
+    global_log_sigma = latent("global_log_sigma", Normal(0.0, 1.0))
+    with plate("State"):
+        state_mean = latent("State_mean", Normal(global_mean, global_log_sigma.exp()))
+        state_log_sigma = latent("State_log_sigma", Normal(0.0, 1.0))
+        with plate("County"):
+            mean = normal_in_units("County_mean", state_mean, state_log_sigma.exp(), of_mean)
+            log_sigma = latent("County_log_sigma", Normal(0.0, 1.0))
+            beta_u = normal_in_units("Beta_u", 0.0, 1.0, of_uranium)
+            beta_basement = normal_in_units("Beta_basement", 0.0, 1.0, of_basement)
+            with plate("Zip"):
+                centre = mean + given("basement") * beta_basement + given("log_uranium") * beta_u
+                observe("obs", Normal(centre, log_sigma.exp()))
