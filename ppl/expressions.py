@@ -43,6 +43,8 @@ def _call(c: Compiler, node: Node) -> Operand:
 def _by_table(c: Compiler, node: Node, operands: list[Operand]) -> Operand | None:
     name = node.name
     first = node.args[0] if node.args else None
+    if hasattr(node.func, "lower"):  # a function that brings its own rule
+        return node.func.lower(c, node, operands)  # type: ignore[union-attr, no-any-return]
     if isinstance(node.func, operations.Batched):
         return _batched(c, node, node.func, operands)
     if name in operations.POINTWISE:
@@ -99,7 +101,11 @@ def _batched(c: Compiler, node: Node, func: operations.Batched, operands: list[O
         c.place(c.operand(a), axes, own + len(shape))
         for a, shape in zip(node.args, func.inputs, strict=True)
     ]
-    return Operand(c.emit(func, *slots), axes, event)
+    run: Callable[..., Tensor] = func
+    if c.training and func.train is not None:  # statistics over the elements of a batch
+        dims = tuple(i - len(axes) - event for i, a in enumerate(axes) if a in node.plates)
+        run = partial(func.train, dims)
+    return Operand(c.emit(run, *slots), axes, event)
 
 
 def _getitem(c: Compiler, node: Node, operands: list[Operand]) -> Operand | None:

@@ -50,7 +50,13 @@ class Batched:
         run: the function on plain tensors.
         inputs: shape of the trailing axes that each argument has of its own.
         output: number of trailing axes that the result has of its own.
+
+    Attributes:
+        train: the function where the elements of a batch are seen at once, ``train(dims, *tensors)`` with their axes
+            counted from the end; None where an element does not depend on others.
     """
+
+    train: Callable[..., Tensor] | None = None
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from ppl.distributions import Distribution
 from ppl.errors import ModelError, PPLError, nearest, trim_traceback, user_line
@@ -28,6 +29,7 @@ from ppl.graph import (
     maximal,
     substitute,
 )
+from ppl.products import as_linear
 from ppl.value import RECORDER, Value, function_name, is_traced, prototype
 
 
@@ -183,6 +185,9 @@ class Trace:
             return args[0]
         if name in _TO_FLOAT:
             func, name, args, kwargs = Tensor.to, "to", (args[0], self.dtype), {}
+        product = None if kwargs else as_linear(self, name, args)
+        if product is not None:
+            func, name, args, operands = linear, "linear", product, _values(product)
         args, kwargs = substitute(args, self.plain), substitute(kwargs, self.plain)
         result = self.evaluate(func, name, args, kwargs, operands)
         plates = self.joint_plates(v.node.plates for v in operands)

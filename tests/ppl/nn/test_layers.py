@@ -286,8 +286,60 @@ def test_two_layers_of_one_name():
 
 
 def test_an_input_of_the_wrong_length():
-    with pytest.raises(ModelError, match=r"torch\.linear failed on one element"):
+    with pytest.raises(
+        ModelError, match=r"Linear\('fc1'\) takes vectors of 4 numbers, got .*\[3\]"
+    ):
         classifier(inputs=4).graph(rows())
+
+
+def _images_of(*shape: int):
+    return {"x": torch.zeros(2, *shape), "y": torch.zeros(2)}
+
+
+@model
+def picture(layer=None):
+    with plate("image"):
+        observe("y", Normal(layer(given("x")).sum(), 1.0))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "words"),
+    [
+        (nn.Conv2d(1, 2, 5, name="c"), (1, 4, 9), "kernel of size .*larger than one element"),
+        (nn.Conv2d(1, 2, 3, name="c"), (28, 28), r"add an axis with x\[None\]"),
+        (nn.Conv2d(3, 2, 3, name="c"), (28, 28, 3), "has 3 input channels.*permute"),
+        (nn.MaxPool2d(4), (1, 3, 3), "windows of size 4, larger than"),
+        (nn.GroupNorm(4, groups=2, name="g"), (3, 5, 5), "has 4 channels, got"),
+        (nn.LayerNorm(4, name="g"), (3,), "has 4 features, got"),
+        (nn.FRN(4, name="g"), (4,), r"takes \[channels, \*size\]"),
+        (nn.Residual(nn.Linear(3, 2, name="a")), (3,), "the shortcut .*Give a shortcut"),
+    ],
+)
+def test_an_element_that_does_not_fit(layer, shape, words):
+    with pytest.raises(ModelError, match=words) as error:
+        picture(layer=layer).graph(_images_of(*shape))
+    assert error.value.where.file == __file__
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: nn.Conv2d(1, 2, 0, name="c"), "positive whole number of kernel"),
+        (lambda: nn.Conv2d(1, 2, (3, 3, 3), name="c"), "kernel has 2 sizes"),
+        (lambda: nn.GroupNorm(6, groups=4, name="g"), "do not fall into 4 equal groups"),
+        (lambda: nn.Linear(2, 3, name=""), "needs a name"),
+        (lambda: nn.Linear(2, 3, name="fc", prior=0.1), "a prior is a function"),
+        (lambda: nn.Linear(2, 3, name="fc", plates="user"), r"plates=\(user,\)"),
+        (lambda: nn.Sequential([nn.ReLU()]), "Unpack lists"),
+        (lambda: nn.MLP(3), "a number of inputs and one of outputs"),
+        (lambda: nn.LeNet(size=8), "at least 12"),
+        (lambda: nn.group_sparse(over="rows"), "'in' .*or 'out'"),
+        (lambda: nn.BatchNorm(3, name="bn", plates=("user",)), r"cannot be a family"),
+    ],
+)
+def test_a_layer_that_cannot_be(make, words):
+    with pytest.raises(ModelError, match=words):
+        make()
 
 
 def test_a_layer_without_outputs():
