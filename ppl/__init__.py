@@ -22,6 +22,8 @@ from ppl.sites import deterministic, factor, given, latent, observe, param, scop
 if TYPE_CHECKING:
     from ppl.inference.exact import Exact as Exact
     from ppl.inference.qem import QEM as QEM
+    from ppl.inference.rws import RWS as RWS
+    from ppl.inference.vi import VI as VI
     from ppl.save import load as load
 
 __version__ = "0.1.0"
@@ -31,6 +33,8 @@ _ON_USE = {
     "AMP": "ppl.inference.amp",
     "GBP": "ppl.inference.gbp",
     "QEM": "ppl.inference.qem",
+    "RWS": "ppl.inference.rws",
+    "VI": "ppl.inference.vi",
     "Exact": "ppl.inference.exact",
     "LaplaceApproximation": "ppl.inference.laplace",
     "load": "ppl.save",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, NamedTuple, Protocol
@@ -27,8 +27,10 @@ _REGISTRY: dict[str, str] = {
     "laplace": "ppl.inference.laplace",
     "gbp": "ppl.inference.gbp",
     "amp": "ppl.inference.amp",
+    "vi": "ppl.inference.vi",
+    "rws": "ppl.inference.rws",
 }
-_PLANNED = ("ssvi", "vi", "rws")
+_PLANNED = ("ssvi",)
 
 
 @dataclass(frozen=True)
@@ -64,16 +66,27 @@ class Settings:
     memory: int | None = None  # bytes
     max_iters: int | None = None
     tol: float | None = None
-    minibatch: Mapping[str, int] | None = None
+    minibatch: Mapping[str, int] | None = None  # plate -> elements in a step
 
 
 class Backend(Protocol):
     """The six names of a backend module.
 
+    ``step`` gets ``batch=None``, or with ``infer(..., minibatch={"user": 1000})`` a :class:`ppl.batches.Batch`:
+    ``plate``; ``rows``, which maps the plate and every plate within it to the elements of this
+    step (long, ascending); ``scale``, the factor that makes a sum over the batch an unbiased
+    estimate of the sum over the plate; ``part`` of ``parts``, which one of the fixed parts of the
+    plate this is (all parts are visited once an epoch, in an order that follows from the seed).
+    ``bound.narrowed(batch.rows)`` is the data of those elements alone. The parts themselves are
+    ``ppl.batches.batches_of(bound, settings.minibatch, settings.streams)``, in ``prepare`` too. A
+    backend without mini-batches refuses ``settings.minibatch`` in ``prepare``, in words.
+
     A module may have more:
 
     - ``describe(bound, options, settings) -> str``: one line for ``explain``.
     - ``takes_sparse = True``: covariates may be sparse matrices in ``bound.values``.
+    - ``looks_inside = True``: its rules look inside functions, and it refuses modules of ``nn.lift``.
+    - ``takes_batch_norm = True``: it trains on batches, and keeps the statistics of ``nn.BatchNorm``.
     - ``extend(old_problem, old_state, new_problem, **options) -> state``: the state from which a
       run on more data goes on, for ``posterior.extend(new_data, **options)``. The new problem was
       prepared for the old data followed by the new rows; every element of a plate that the old
@@ -102,6 +115,30 @@ def sparse_reasons(backend: Backend, bound: Bound) -> list[Reason]:
                f"Use method='amp', which keeps it sparse, or pass {n}.to_dense().")
         for n in bound.sparse
     ]  # fmt: skip
+
+
+def network_reasons(backend: Backend, graph: Graph, known: Container[str] = ()) -> list[Reason]:
+    """Why a backend cannot take the lifted modules and batch norms of a graph; ``known`` names the data."""
+    reasons: dict[str, Reason] = {}
+    if getattr(backend, "looks_inside", False):
+        for node in graph.nodes:
+            if getattr(node.func, "is_opaque", False):
+                reasons[node.name] = Reason(
+                    node.name, "is one function that this method would have to look into.",
+                    "Use method='qem' for few weights, or 'vi'; or write the module with layers of ppl.nn.",
+                )  # fmt: skip
+    functions: list[Any] = [n.func for n in graph.nodes if getattr(n.func, "needs_batch", False)]
+    norms = dict.fromkeys(f.layer for f in functions)
+    unknown = [n for n in norms if f"{n}.mean" not in known or f"{n}.variance" not in known]
+    if not unknown or getattr(backend, "takes_batch_norm", False):
+        return list(reasons.values())
+    more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+    norm = Reason(
+        unknown[0], f"{more.lstrip()}{' ' if more else ''}is a batch norm: what it says of one element depends on the others.",
+        f"Use nn.FRN, nn.GroupNorm or nn.LayerNorm; or give its statistics as data, '{unknown[0]}.mean' and "
+        f"'{unknown[0]}.variance'.",
+    )  # fmt: skip
+    return [*reasons.values(), norm]
 
 
 def register(name: str, module: str) -> None:

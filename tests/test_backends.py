@@ -31,7 +31,7 @@ from ppl import (
 from ppl.backend import Settings
 from ppl.streams import Streams
 
-NAMES = ("exact", "qem", "laplace", "gbp", "amp")
+NAMES = ("exact", "qem", "laplace", "gbp", "amp", "vi", "rws")
 
 
 @model
@@ -126,6 +126,16 @@ FITS = {
     },
     # One variance for all coefficients: right on average only.
     "amp": {"regression": (1e-3, None, None), "mixing": (1e-3, 0.3, None)},
+    # Mean field: scales of conditionals, and a bound that lies below the evidence by as much as they leave out.
+    "vi": {
+        "coin": (0.15, 0.15, 0.02),
+        "regression": (0.05, 0.15, 0.08),
+        "mixture": (1e-8, 1e-8, 1e-8),
+        "walk": (0.05, None, 0.4),
+        "hidden markov": (1e-8, 1e-8, 1e-8),
+        "mixing": (0.05, None, 1.0),
+    },
+    "rws": dict.fromkeys(set(GRAPHS) - {"mixing"}, (0.15, 0.15, 0.02)),
 }
 PAIRS = [(method, graph) for method in NAMES for graph in GRAPHS if graph in FITS[method]]
 
@@ -210,7 +220,7 @@ def test_it_agrees_with_the_oracle(method, graph):
     assert nats is None or apart < 5 * found.log_evidence.se + nats, found.log_evidence
 
 
-@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize("method", [n for n in NAMES if n != "vi"])  # which fits this one
 def test_a_refusal_lists_reasons_with_remedies(method):
     @model
     def crossed():

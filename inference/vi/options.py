@@ -1,0 +1,144 @@
+"""Options of variational inference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from ppl.errors import ModelError
+from ppl.inference.particles.options import Groups, ParticleOptions
+
+_CHOICES = {
+    "family": ("mean_field", "low_rank", "full_rank"),
+    "estimator": ("pathwise", "total", "natural"),
+    "optimiser": ("adam", "sgd"),
+    "start": ("prior", "standard"),
+}
+_PARALLEL_PARTICLES = 10
+_DRAWS = 8
+
+
+@dataclass(frozen=True)
+class _Independent(ParticleOptions):
+    """Blocks whose proposals read no others."""
+
+    joint_chains: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class VI:
+    """Variational inference: a Gaussian on the unconstrained scale, fitted by ascent of a bound on the log evidence.
+
+    Args:
+        family: ``"mean_field"``, ``"low_rank"`` (diagonal plus rank ``rank``) or ``"full_rank"``; of all latents together, or of
+            each block where ``parallel``.
+        rank: of ``"low_rank"``.
+        estimator: ``"pathwise"``: gradient through the draws only, q's own parameters held fixed (sticking the landing; with
+            several particles doubly reparameterised); ``"total"``: through draws and densities; ``"natural"``: the
+            natural-gradient step IVON, for ``"mean_field"``.
+        parallel: weigh all combinations of the particles of all blocks, as QEM does; else one joint draw a particle.
+        particles: of the bound: 1 is the ELBO, more tighten it (the importance-weighted bound, or the massively parallel one).
+            1 by default, 10 where ``parallel``.
+        draws: independent estimates of the bound that a step averages; even numbers come in antithetic pairs.
+        learning_rate: of Adam or SGD, in prior standard deviations and in logs of scales; of ``"natural"`` the share of a Newton
+            step. 0.05 by default, 0.1 for ``"natural"``.
+        optimiser: ``"adam"`` or ``"sgd"``.
+        settle: shrink the step when only noise is left, and average the last iterates; False: a constant step.
+        warmup: steps over which the weight of the KL term rises from 0 to 1.
+        tempering: weight of the KL term; below 1 a cold posterior. Discrete latents are not tempered.
+        start: locations and units from the ``"prior"``, or ``"standard"`` Normals on the unconstrained scale.
+        groups: of ``parallel``: latents that share one particle index.
+        joint_up_to: of ``parallel``: largest number of scalars in an automatic block.
+        enumerate_up_to: largest number of values of a discrete latent that is summed exactly.
+        final_draws: for moments of latents that are not on the real line, the bound, and the diagnostics.
+
+    ``infer(..., minibatch={"row": 128})`` takes the elements of a plate in parts; latents within it are then mean-field and
+    independent of the others, and their parameters move with their own elements.
+
+    Sources: [Kucukelbir2017]; [Burda2016] (several particles); [Roeder2017], [Tucker2019] (gradients); [Shen2024] (IVON).
+
+    >>> VI(family="full_rank").particle_count
+    1
+    """
+
+    family: Literal["mean_field", "low_rank", "full_rank"] = "mean_field"
+    rank: int = 10
+    estimator: Literal["pathwise", "total", "natural"] = "pathwise"
+    parallel: bool = False
+    particles: int | None = None
+    draws: int | None = None
+    learning_rate: float | None = None
+    optimiser: Literal["adam", "sgd"] = "adam"
+    settle: bool = True
+    warmup: int = 0
+    tempering: float = 1.0
+    start: Literal["prior", "standard"] = "prior"
+    groups: Groups = "auto"
+    joint_up_to: int = 12
+    enumerate_up_to: int = 64
+    final_draws: int = 4000
+
+    def __post_init__(self) -> None:
+        for option, choices in _CHOICES.items():
+            if getattr(self, option) not in choices:
+                raise ModelError(
+                    f"VI({option}=...): expected one of {', '.join(map(repr, choices))}, got {getattr(self, option)!r}."
+                )
+        for option in ("rank", "particles", "draws", "final_draws"):
+            value = getattr(self, option)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ModelError(
+                    f"VI({option}=...): expected a whole number of at least 1, got {value!r}."
+                )
+        if not self.rate > 0 or not self.tempering > 0 or self.warmup < 0:
+            raise ModelError(
+                "VI: learning_rate and tempering are positive, warmup is not negative; got "
+                f"{self.learning_rate!r}, {self.tempering!r}, {self.warmup!r}."
+            )
+        _check_natural(self)
+        if not self.parallel and self.groups != "auto":
+            raise ModelError("VI(groups=...): only VI(parallel=True) has blocks. Leave it out.")
+
+    @property
+    def particle_count(self) -> int:
+        """Particles of the bound."""
+        return self.particles or (_PARALLEL_PARTICLES if self.parallel else 1)
+
+    @property
+    def draw_count(self) -> int:
+        """Estimates of the bound that a step averages."""
+        return self.draws or (_DRAWS if self.particle_count == 1 else 1)
+
+    @property
+    def rate(self) -> float:
+        """The first step."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 0.1 if self.estimator == "natural" else 0.05
+
+    def blocks(self) -> ParticleOptions:
+        """What the shared particle code needs to know."""
+        return _Independent(
+            particles=self.particle_count,
+            groups=self.groups,
+            start=self.start,
+            joint_up_to=0 if self.family == "mean_field" else self.joint_up_to,
+            enumerate_up_to=self.enumerate_up_to,
+        )
+
+
+def _check_natural(options: VI) -> None:
+    if options.estimator != "natural":
+        return
+    wrong = {
+        "family": options.family != "mean_field",
+        "particles": options.particle_count != 1,
+        "parallel": options.parallel,
+        "optimiser": options.optimiser != "adam",
+    }
+    if any(wrong.values()):
+        names = ", ".join(name for name, is_wrong in wrong.items() if is_wrong)
+        raise ModelError(
+            f"VI(estimator='natural') is the natural-gradient step of a mean-field Gaussian with one particle, and has a step of "
+            f"its own; it does not go with the given {names}. Average draws with draws=..., or take estimator='pathwise'."
+        )
