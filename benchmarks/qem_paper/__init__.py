@@ -1,0 +1,1 @@
+"""The experiments of the paper on massively parallel expectation maximisation, [Heap2025]."""

@@ -1,0 +1,177 @@
+"""One run: a method on an experiment, step by step, with a clock that stops while it is judged."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+import warnings
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from benchmarks.qem_paper.experiments import Experiment
+from ppl import Normal, Posterior, backend
+from ppl.backend import Settings
+from ppl.models.files import find
+from ppl.streams import Streams
+
+DRAWS = 100  # joint posterior draws of a predictive score
+METHODS = ("qem", "qem default", "vi", "rws")
+Units = Literal["original", "rescaled"] | None
+LEARNING_RATE = {"vi": 0.03, "rws": 0.03}  # the best of three in the paper
+
+
+class Trace(NamedTuple):
+    """What a run left."""
+
+    log_evidence: list[float]  # at every iteration, before its update; NaN while the bridge is down
+    seconds: list[float]  # since the first state, at every iteration
+    predicted: dict[int, tuple[float, float]]  # by iteration: joint and pointwise score, nats
+    errors: dict[int, tuple[float, float]]  # by iteration: of means, of log standard deviations
+
+
+def is_there(method: str) -> bool:
+    """Whether this version has the method."""
+    return method.split()[0] in backend.names()
+
+
+def options_of(
+    method: str, experiment: Experiment, particles: int, units: Units = None
+) -> dict[str, Any]:
+    """Settings of the paper, or none at all: our defaults, with particles by the size of the model.
+
+    All start from Normal(0, 1) for every latent. With other units qem starts at the same place as
+    before, so Normal(0, 1 / unit); so that its random numbers are the same, too, the original of
+    the comparison names these proposals as well. The gradient methods take Adam's step as it is, on
+    raw parameters.
+    """
+    if method == "qem default":
+        return {}
+    groups = [list(g) for g in experiment.groups]
+    common = {"particles": particles, "groups": groups, "joint_up_to": 0, "start": "standard"}
+    if method == "qem":
+        proposals = {"q": _standard(experiment, units == "rescaled")} if units else {}
+        return {**common, **proposals, "step": experiment.step, "bridge": False}
+    parallel = {**common, "learning_rate": LEARNING_RATE[method]}
+    if method == "vi":
+        parallel |= {"parallel": True, "estimator": "total"}
+    known = {f.name for f in dataclasses.fields(backend.load(method).Options)}
+    return {**parallel, **({"settle": False} if "settle" in known else {})}
+
+
+def _standard(experiment: Experiment, rescaled: bool) -> dict[str, Normal]:
+    """Normal(0, 1), in units of one, for each latent that has other units in the rescaled version."""
+    variables = experiment.program.graph(experiment.load().train).variables
+    scales = {n: 1 / u if rescaled else 1.0 for n, u in experiment.units.items()}
+    shapes, double = {n: variables[n].event_shape for n in scales}, {"dtype": torch.float64}
+    return {
+        n: Normal(torch.zeros(shapes[n], **double), torch.full(shapes[n], s, **double))
+        for n, s in scales.items()
+    }
+
+
+def run(
+    experiment: Experiment,
+    method: str,
+    particles: int,
+    iterations: int,
+    seed: int,
+    *,
+    units: Units = None,
+    every: int = 10,
+    judge: bool = False,
+) -> Trace:
+    """Fit for some iterations.
+
+    Args:
+        experiment: what to fit.
+        method: one of ``METHODS``.
+        particles: of every block.
+        iterations: how many.
+        seed: of the random numbers.
+        units: for the comparison of versions: "original", or "rescaled", the one in other units.
+        every: iterations between two predictive scores; 0: none.
+        judge: whether to compare moments with the reference, at eight iterations.
+    """
+    program = experiment.program(rescaled=True) if units == "rescaled" else experiment.program
+    options = options_of(method, experiment, particles, units)
+    bound = program.bind(experiment.load().train, dtype=torch.float64)
+    name = method.split()[0]
+    _, module, record = backend.resolve(name, options)
+
+    def prepared(extra: Mapping[str, Any], stream: int) -> Any:
+        known = {f.name for f in dataclasses.fields(record)}
+        chosen = {**options, **{k: v for k, v in extra.items() if k in known}}
+        settings = Settings(Streams(stream), max_iters=iterations)
+        return module.prepare(bound, backend.resolve(name, chosen)[2], settings)
+
+    problem = prepared({}, seed)
+    # Judging draws from streams of its own, so that the run is the same whether it is judged or not.
+    weighed = {"final_particles": particles, "replicates": 1}
+    scorer, judged = prepared(weighed, seed + 1000), prepared({}, seed + 2000)
+    held_out = experiment.held_out() if every else None
+    trace, clock = Trace([], [], {}, {}), 0.0
+    state = module.init(problem)
+    for i in range(1, iterations + 1):
+        begun = time.perf_counter()
+        state, info = module.step(problem, state, None)
+        clock += time.perf_counter() - begun
+        level = info.metrics.get("log_evidence", info.metrics.get("bound"))  # the latter of vi
+        trace.log_evidence.append(float(level))
+        trace.seconds.append(clock)
+        if every and (i % every == 0 or i in (1, 2, 5)):
+            trace.predicted[i] = predictive(_posterior(module, scorer, state, program), held_out, i)
+        if judge and experiment.nuts and not units and (i in _LOOKS or i == iterations):
+            found = _posterior(module, judged, state, program)
+            trace.errors[i] = moment_errors(found, experiment)
+    return trace
+
+
+_LOOKS = (1, 4, 10, 25, 50, 100, 160)
+
+
+def _posterior(module: Any, problem: Any, state: Any, program: Any) -> Posterior:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a run that is not over has not converged
+        posterior = module.posterior(problem, state)
+    posterior.model = program
+    return posterior
+
+
+def predictive(
+    posterior: Posterior, held_out: tuple[dict[str, Any], dict[str, Any], int], seed: int
+) -> tuple[float, float]:
+    """Joint and pointwise log-likelihood of held-out data, in nats.
+
+    Latents of new plate elements are drawn from their law given the posterior draw. Joint: the log of
+    the mean over draws of the density of all data. Pointwise: a sum over data of the logs of means.
+    """
+    data, binding, fitted = held_out
+    density = posterior.log_likelihood(data, n=DRAWS, seed=seed, **binding)["obs"]
+    if fitted:
+        density = density[:, :, fitted:]
+    density = density.reshape(DRAWS, -1)
+    joint = torch.logsumexp(density.sum(1), 0) - math.log(DRAWS)
+    pointwise = (torch.logsumexp(density, 0) - math.log(DRAWS)).sum()
+    return float(joint), float(pointwise)
+
+
+def moment_errors(posterior: Posterior, experiment: Experiment) -> tuple[float, float]:
+    """Mean over scalars of |mean - reference| / reference sd, and of |log of the ratio of sds|."""
+    path = find(f"nuts_reference/{experiment.nuts}.npz")
+    if path is None:
+        return math.nan, math.nan
+    off, ratio = [], []
+    with np.load(path) as reference:
+        latents = {v.name for v in posterior.bound.graph.latents}
+        names = [n.removesuffix("__mean") for n in reference.files if n.endswith("__mean")]
+        for name in names:
+            if name not in (experiment.judged or latents):
+                continue
+            mean, sd = posterior.mean(name).numpy(), posterior.sd(name).numpy()
+            off.append(np.abs(mean - reference[f"{name}__mean"]) / reference[f"{name}__sd"])
+            ratio.append(np.abs(np.log(np.maximum(sd, 1e-300) / reference[f"{name}__sd"])))
+    return tuple(float(np.concatenate([x.ravel() for x in part]).mean()) for part in (off, ratio))
