@@ -10,18 +10,27 @@ Source: [Obermeyer2019] Algorithm 1; marginals as gradients of source terms, [Bo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ppl.binding import put, take
 from ppl.errors import DataError, NumericalError, UnsupportedError
 from ppl.inference.drawing import Chosen
 from ppl.inference.grouping import suggest_groups
 from ppl.inference.layout import Chain, Layout, LogFactor, PlateSpec, Term
 from ppl.inference.program import Program
-from ppl.inference.routes import Input, Route, make_route, read_scopes, source_of, unmentioned
+from ppl.inference.routes import (
+    Input,
+    Part,
+    Route,
+    make_route,
+    read_scopes,
+    source_of,
+    unmentioned,
+)
 
 __all__ = ["Chain", "Layout", "LogFactor", "Plan", "PlateSpec", "make_plan", "suggest_groups"]
 
@@ -29,9 +38,9 @@ Rows = Mapping[str, Tensor]
 Evaluate = Callable[[int, Rows | None], LogFactor]
 Factors = Sequence[LogFactor] | Evaluate
 Marginals = dict[str | tuple[str, str], Tensor]
+Reduce = Callable[[list[Tensor]], list[Tensor]]
 
 
-_FEW_STATES = 8
 _LOST = "the log evidence is NaN or -inf: some factor has no finite value at any combination of particles"
 
 
@@ -39,15 +48,22 @@ class Plan:
     """A contraction planned for fixed scopes and sizes; make one with ``make_plan``."""
 
     def __init__(
-        self, layout: Layout, inputs: list[Input], *, memory: int | None, itemsize: int, tree: bool
+        self,
+        layout: Layout,
+        inputs: list[Input],
+        *,
+        memory: int | None,
+        itemsize: int,
+        tree: bool | None,
+        along: tuple[str, int | Sequence[int]] | None = None,
+        reduce: Reduce | None = None,
     ) -> None:
         self._layout, self._memory, self._itemsize, self._tree = layout, memory, itemsize, tree
+        self._along, self._reduce = along, reduce
         self._count = len(inputs)
         zeros = unmentioned(layout, inputs)
-        self._route = self._make_route([*inputs, *zeros])
-        self._sourced: dict[
-            tuple[tuple[str, str], ...], tuple[Route, list[str | tuple[str, str]]]
-        ] = {}
+        self._route = self._make_route([*inputs, *zeros], along)
+        self._sourced: dict[Any, tuple[Route, dict[str | tuple[str, str], int]]] = {}
 
     # ---- what it will cost ----
 
@@ -66,6 +82,11 @@ class Plan:
     def split(self) -> str | None:
         """The plate that is processed in parts to fit the memory budget, if any."""
         return self._route.split
+
+    @property
+    def parts(self) -> list[Rows]:
+        """Elements of the plates that each part holds, in order; empty when nothing is split."""
+        return [part.rows for part in self._route.parts]
 
     def __str__(self) -> str:
         axes, elements, size = self.largest
@@ -98,7 +119,7 @@ class Plan:
             DataError: a factor has other axes or another shape than planned.
             NumericalError: the result is NaN or +inf.
         """
-        return self._log_evidence(self._route, factors, [])
+        return self._log_evidence(self._route, factors)
 
     def marginals(
         self,
@@ -106,6 +127,8 @@ class Plan:
         joint: Sequence[tuple[str, str]] = (),
         *,
         overwrite: bool = False,
+        power: float = 1.0,
+        only: frozenset[str] | None = None,
     ) -> tuple[Tensor, Marginals]:
         """Log evidence and the posterior weights of all particles, by one backward pass.
 
@@ -114,6 +137,9 @@ class Plan:
             joint: pairs of particle axes whose joint weights are wanted too.
             overwrite: whether the memory of the factors may be used for intermediate arrays; their
                 values are lost then, and an error cannot name the entry that caused it.
+            power: exponent of what plates say of the axes outside all plates, for tempering; not where a plate is
+                processed in parts. The weights of axes within plates are those of the untempered plate.
+            only: particle axes whose weights are wanted; None for all. Where a plate is processed in parts, all.
 
         Returns:
             ``[*batch]``, and weights that sum to one for every plate element: for an axis
@@ -127,20 +153,30 @@ class Plan:
         Source: weights are the gradient of log Z by log-factors that are zero, [Bowyer2023]
             section 4.
         """
-        route, names = self._with_sources(tuple(joint))
-        example = factors(0, None) if callable(factors) else factors[0]
-        sources = []
-        with torch.enable_grad():
-            for source in route.inputs[-len(names) :] if names else []:
-                shape = [self._length(source.scope, a) for a in source.scope]
-                sources.append(
-                    LogFactor(source.scope, example.log.new_zeros(shape).requires_grad_())
-                )
-            log_z = self._log_evidence(route, _detached(factors), sources, overwrite)
-            if bool((log_z == -torch.inf).any()):
+        route, watched = self._with_sources(tuple(joint), None if self.split else only)
+        if route.parts:
+            log_z, weights = self._weights_in_parts(route, factors, len(watched))
+            return log_z, dict(zip(watched, weights, strict=True))
+        program = route.program
+        with torch.no_grad():
+            load = self._loader(route, factors)
+            tensors = [load(program, k, i, None) for k, i in enumerate(route.outer)]
+            results, pull = program.gradients(tensors, tuple(watched.values()), overwrite, power)
+            log_z = _sum_outputs(self._layout, results, program.outputs)
+            if not bool(log_z.isfinite().all()):
                 raise NumericalError(_LOST if overwrite else self._explain(factors))
-            weights = torch.autograd.grad(log_z.sum(), [s.log for s in sources]) if sources else ()
-        return log_z.detach(), dict(zip(names, weights, strict=True))
+            copies = [log_z.numel() // r.numel() for r in results]
+            grads = pull([torch.full_like(r, n) for r, n in zip(results, copies, strict=True)])
+            weights = {
+                name: program.unload(g, k)
+                for (name, k), g in zip(watched.items(), grads, strict=True)
+            }
+            if power != 1.0:
+                weights = {
+                    name: w / power if route.inputs[watched[name]].context else w
+                    for name, w in weights.items()
+                }
+        return log_z, weights
 
     def draw(
         self, factors: Factors, n: int, generator: torch.Generator | None = None
@@ -175,7 +211,7 @@ class Plan:
     ) -> dict[str, Tensor]:
         route = self._route
         chosen: Chosen = {}
-        load = self._loader(route, factors, [])
+        load = self._loader(route, factors)
         tensors = self._outer_tensors(route, load)
         slots = route.program.run(tensors)
         self._check(_total(self._layout, slots, route.program), factors, possible=True)
@@ -204,26 +240,78 @@ class Plan:
             draws = torch.arange(n, device=index.device)
             chosen[axis][torch.meshgrid(draws, *grid, indexing="ij")] = index
 
-    def _log_evidence(
+    def _log_evidence(self, route: Route, factors: Factors) -> Tensor:
+        tensors = self._outer_tensors(route, self._loader(route, factors))
+        results = route.program.results(tensors)
+        log_z = _sum_outputs(self._layout, results, route.program.outputs)
+        return self._check(log_z, factors, possible=False)
+
+    def _weights_in_parts(
+        self, route: Route, factors: Factors, sources: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Log evidence and weights with one part at a time in memory.
+
+        What a part says of the rest is the log-sum over its own particles. These messages are added up without
+        gradients, and the gradient of the evidence by their sum is taken; it is the same for every part, so a second
+        pass turns it into the weights within each part.
+        """
+        load = self._loader(route, _detached(factors))
+        first = len(route.inputs) - sources
+        with torch.no_grad():
+            sums = self._messages(route, load)
+        outside = [i for i in route.outer if i >= first]
+        program = route.program
+        with torch.enable_grad():
+            tensors, watched = _with_zeros(program, route.outer, load, first, None, sums[0])
+            sums = [s.requires_grad_() for s in sums]
+            results = program.results([*tensors, *sums])
+            log_z = _sum_outputs(self._layout, results, program.outputs)
+            self._check(log_z, factors, possible=True)
+            grads = torch.autograd.grad(log_z.sum(), [*watched, *sums])
+        weights = dict(zip(outside, grads, strict=False))
+        for part in route.parts:
+            self._weigh_part(route, part, load, grads[len(outside) :], first, weights)
+        return log_z.detach(), [weights[i] for i in range(first, len(route.inputs))]
+
+    def _messages(self, route: Route, load: _Load) -> list[Tensor]:
+        """The sum over all parts, of all processes, of what they say of the rest."""
+        sums: list[Tensor] = []
+        for rows, program in route.parts:
+            new = program.results([load(program, k, i, rows) for k, i in enumerate(route.inner)])
+            sums = [a + b for a, b in zip(sums, new, strict=True)] if sums else list(new)
+        return self._reduce(sums) if self._reduce else sums
+
+    def _weigh_part(
         self,
         route: Route,
-        factors: Factors,
-        sources: Sequence[LogFactor],
-        overwrite: bool = False,
-    ) -> Tensor:
-        load = self._loader(route, factors, sources)
-        tensors = self._outer_tensors(route, load)
-        program = route.program
-        results = program.results(tensors, overwrite and not route.parts)
-        log_z = _sum_outputs(self._layout, results, program.outputs)
-        if overwrite and not bool(log_z.isfinite().all()):
-            raise NumericalError(_LOST)
-        return self._check(log_z, factors, possible=False)
+        part: Part,
+        load: _Load,
+        upstream: Sequence[Tensor],
+        first: int,
+        weights: dict[int, Tensor],
+    ) -> None:
+        """The weights of the particles of one part, put in their places among those of the whole."""
+        program = part.program
+        with torch.enable_grad():
+            tensors, watched = _with_zeros(
+                program, route.inner, load, first, part.rows, upstream[0]
+            )
+            if not watched:
+                return
+            results = program.results(tensors)
+            found = torch.autograd.grad(results, watched, list(upstream))
+        for i, grad in zip([i for i in route.inner if i >= first], found, strict=True):
+            axes = route.inputs[i].scope
+            if i not in weights:
+                weights[i] = grad.new_zeros([self._length(axes, a) for a in axes])
+            put(weights[i], axes, part.rows, grad)
 
     def _outer_tensors(self, route: Route, load: _Load) -> list[Tensor]:
         tensors = [load(route.program, k, i, None) for k, i in enumerate(route.outer)]
         if not route.parts:
             return tensors
+        if not torch.is_grad_enabled():
+            return tensors + self._messages(route, load)
         sums: list[Tensor] = []
         for rows, program in route.parts:
 
@@ -232,24 +320,17 @@ class Plan:
                     program.results([load(program, k, i, rows) for k, i in enumerate(route.inner)])
                 )
 
-            new = (
-                checkpoint(part, use_reentrant=False, preserve_rng_state=False)
-                if torch.is_grad_enabled()
-                else part()
-            )
+            new = checkpoint(part, use_reentrant=False, preserve_rng_state=False)
             sums = [a + b for a, b in zip(sums, new, strict=True)] if sums else list(new)
         return tensors + sums
 
-    def _loader(self, route: Route, factors: Factors, sources: Sequence[LogFactor]) -> _Load:
+    def _loader(self, route: Route, factors: Factors) -> _Load:
         if not callable(factors) and len(factors) != self._count:
             raise DataError(f"expected {self._count} log-factors, got {len(factors)}.")
-        first_source = len(route.inputs) - len(sources)
         example: list[Tensor] = []
 
         def load(program: Program, k: int, i: int, rows: Rows | None) -> Tensor:
-            if i >= first_source:
-                factor = _narrowed(sources[i - first_source], rows)
-            elif i >= self._count:
+            if i >= self._count:
                 if not example:
                     example.append((factors(0, None) if callable(factors) else factors[0]).log)
                 factor = LogFactor(program.scopes[k], example[0].new_zeros(program.loads[k][0]))
@@ -268,27 +349,37 @@ class Plan:
     # ---- routes ----
 
     def _with_sources(
-        self, joint: tuple[tuple[str, str], ...]
-    ) -> tuple[Route, list[str | tuple[str, str]]]:
-        if joint not in self._sourced:
-            layout = self._layout
-            names: list[str | tuple[str, str]] = [*layout.owners, *joint]
-            sources = [
-                source_of(layout, (name,) if isinstance(name, str) else name) for name in names
-            ]
-            self._sourced[joint] = (
-                self._make_route([*self._route.inputs[: self._count], *sources]),
-                names,
-            )
-        return self._sourced[joint]
+        self, joint: tuple[tuple[str, str], ...], only: frozenset[str] | None
+    ) -> tuple[Route, dict[str | tuple[str, str], int]]:
+        """A route, and the input whose gradient are the weights of each axis or pair: a zero factor, or, where nothing is
+        split, one of the caller's that has the same scope.
+        """
+        if (joint, only) not in self._sourced:
+            layout, known = self._layout, self._route
+            inputs, first = list(known.inputs[: self._count]), self._count
+            watched: dict[str | tuple[str, str], int] = {}
+            singles = [a for a in layout.owners if only is None or a in only]
+            for name in (*singles, *joint):
+                source = source_of(layout, (name,) if isinstance(name, str) else name)
+                alike = [] if known.parts else [i for i in range(first) if inputs[i] == source]
+                watched[name] = alike[0] if alike else len(inputs)
+                inputs += [] if alike else [source]
+            inputs += unmentioned(layout, inputs)
+            # The same parts, so that a maker of factors meets the same rows whatever it is asked for.
+            parts = self._along or (known.split and (known.split, len(known.parts))) or None
+            self._sourced[joint, only] = self._make_route(inputs, parts), watched
+        return self._sourced[joint, only]
 
-    def _make_route(self, inputs: list[Input]) -> Route:
+    def _make_route(
+        self, inputs: list[Input], along: tuple[str, int | Sequence[int]] | None
+    ) -> Route:
         return make_route(
             inputs,
             self._layout,
             tree=self._tree,
             memory=self._memory,
             itemsize=self._itemsize,
+            along=along,
         )
 
     # ---- what went wrong ----
@@ -316,7 +407,7 @@ class Plan:
         if self._route.parts:
             return f"{general}."
         route = self._route
-        slots = route.program.run(self._outer_tensors(route, self._loader(route, factors, [])))
+        slots = route.program.run(self._outer_tensors(route, self._loader(route, factors)))
         for step in route.program.steps:
             log, axes = slots[step.output.slot], step.output.axes
             dims = [d for d, a in enumerate(axes) if self._layout.is_particle(a)]
@@ -341,6 +432,8 @@ def make_plan(
     itemsize: int = 8,
     plates_of: Sequence[tuple[str, ...]] | None = None,
     chain: Literal["auto", "scan", "tree"] = "auto",
+    along: tuple[str, int | Sequence[int]] | None = None,
+    reduce: Reduce | None = None,
 ) -> Plan:
     """Plan the sum over all particle indices of a product of log-factors.
 
@@ -354,8 +447,10 @@ def make_plan(
         itemsize: bytes of one number.
         plates_of: plates over which each factor is repeated, if its tensor lacks some of them
             because it is constant along them; None: the plates in its scope.
-        chain: chains by a forward scan or a tree of matrix products; auto is the tree for few states and where CUDA
-            is available.
+        chain: chains by a forward scan or a tree of matrix products; auto is the tree for few states.
+        along: a plate and the number of parts to process it in, or their boundaries, whatever the budget.
+        reduce: what becomes of the sums over the parts of ``along`` before they are used: the sum over processes that
+            each hold some of its elements.
 
     Raises:
         UnsupportedError: no polynomial elimination order exists, or the budget is too small.
@@ -371,20 +466,37 @@ def make_plan(
     tensor(16.)
     """
     inputs = read_scopes(scopes, layout, plates_of)
-    # Few states make the extra products of the tree cheaper than the many small steps of a scan.
-    few = all(layout.sizes[c.axis] <= _FEW_STATES for c in layout.chains)
-    tree = (few or torch.cuda.is_available()) if chain == "auto" else chain == "tree"
-    return Plan(layout, inputs, memory=memory, itemsize=itemsize, tree=tree)
+    tree = None if chain == "auto" else chain == "tree"
+    return Plan(
+        layout, inputs, memory=memory, itemsize=itemsize, tree=tree, along=along, reduce=reduce
+    )
+
+
+def _with_zeros(
+    program: Program,
+    inputs: Sequence[int],
+    load: _Load,
+    first: int,
+    rows: Rows | None,
+    like: Tensor,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Tensors of a program's inputs, and those to differentiate by: its inputs from ``first`` on are zero."""
+    tensors: list[Tensor] = []
+    watched = []
+    for k, i in enumerate(inputs):
+        if i < first:
+            tensors.append(load(program, k, i, rows))
+            continue
+        zero = like.new_zeros(program.loads[k][0]).requires_grad_()
+        watched.append(zero)
+        tensors.append(program.load(LogFactor(program.scopes[k], zero), k))
+    return tensors, watched
 
 
 def _narrowed(factor: LogFactor, rows: Rows | None) -> LogFactor:
     if not rows:
         return factor
-    log = factor.log
-    for dim, axis in enumerate(factor.axes):
-        if axis in rows:
-            log = log.index_select(dim, rows[axis].to(log.device))
-    return LogFactor(factor.axes, log)
+    return LogFactor(factor.axes, take(factor.log, factor.axes, rows))
 
 
 def _detached(factors: Factors) -> Factors:

@@ -56,6 +56,7 @@ class Layout:
     owners: Mapping[str, tuple[str, ...]]
     chains: tuple[Chain, ...] = ()
     batch: tuple[str, ...] = ()
+    particles_first: bool = False  # whether particle axes stand in front of plates
 
     @cached_property
     def size_of(self) -> dict[str, int]:
@@ -69,8 +70,11 @@ class Layout:
 
     @cached_property
     def rank(self) -> dict[str, int]:
-        """Canonical order of axes: batch, plates, particle axes."""
-        return {name: i for i, name in enumerate(self.size_of)}
+        """Canonical order of axes: batch, plates, particle axes; or plates last."""
+        axes = list(self.size_of)
+        if self.particles_first:
+            axes.sort(key=lambda a: 0 if a in self.batch else 2 if a in self.plates else 1)
+        return {name: i for i, name in enumerate(axes)}
 
     def canonical(self, axes: Iterable[str]) -> tuple[str, ...]:
         """The axes without duplicates in canonical order."""
@@ -157,21 +161,34 @@ class Layout:
             for parent, member in plate.parents.items():
                 kept = member[rows[name]] if name in rows else member
                 if parent in rows:
-                    place = torch.full((self.plates[parent].size,), -1, dtype=torch.long)
-                    place[rows[parent]] = torch.arange(len(rows[parent]))
-                    kept = place[kept]
+                    kept = torch.searchsorted(rows[parent], kept)
                 parents[parent] = kept
             plates[name] = PlateSpec(name, len(rows[name]) if name in rows else plate.size, parents)
-        return Layout(plates, self.sizes, self.owners, self.chains, self.batch)
+        return Layout(
+            plates, self.sizes, self.owners, self.chains, self.batch, self.particles_first
+        )
 
     def rows_below(self, plate: str, start: int, stop: int) -> dict[str, Tensor]:
         """Elements ``start..stop - 1`` of a plate and, of each descendant, those inside them."""
         rows = {plate: torch.arange(start, stop)}
         for name, above in self.ancestry.items():
             if plate in above:
-                inside = (above[plate] >= start) & (above[plate] < stop)
-                rows[name] = inside.nonzero().squeeze(-1)
+                order, ends = self._by_ancestor(name, plate)
+                rows[name] = order[ends[start] : ends[stop]].sort().values
         return rows
+
+    def _by_ancestor(self, name: str, plate: str) -> tuple[Tensor, list[int]]:
+        """Elements of ``name`` sorted by their element of ``plate``, and where each of those begins."""
+        if (name, plate) not in self._sorted:
+            member = self.ancestry[name][plate]
+            count = torch.bincount(member, minlength=self.plates[plate].size)
+            ends = torch.cat([count.new_zeros(1), count.cumsum(0)]).tolist()
+            self._sorted[name, plate] = member.argsort(stable=True), ends
+        return self._sorted[name, plate]
+
+    @cached_property
+    def _sorted(self) -> dict[tuple[str, str], tuple[Tensor, list[int]]]:
+        return {}
 
 
 class LogFactor(NamedTuple):

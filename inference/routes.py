@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from ppl.inference.layout import Context, Layout, Term
 from ppl.inference.program import Program
 
 _MOST_PARTS = (
-    1000  # every part has a program of its own, and planning one takes about a millisecond
+    4000  # parts of different shape have programs of their own, a millisecond of planning each
 )
 
 
@@ -105,13 +106,21 @@ def unmentioned(layout: Layout, inputs: Sequence[Input]) -> list[Input]:
 
 
 def make_route(
-    inputs: list[Input], layout: Layout, *, tree: bool, memory: int | None, itemsize: int
+    inputs: list[Input],
+    layout: Layout,
+    *,
+    tree: bool | None,
+    memory: int | None,
+    itemsize: int,
+    along: tuple[str, int | Sequence[int]] | None = None,
 ) -> Route:
-    """The route that holds the budget with the fewest parts.
+    """The route that holds the budget with the fewest parts, or with those that ``along`` asks for.
 
     Raises:
         UnsupportedError: no split of one plate fits, or no polynomial elimination order exists.
     """
+    if along is not None:
+        return _split_route(inputs, layout, *along, tree)
     whole = _compile(layout, inputs, tree)
     route = Route(inputs, list(range(len(inputs))), whole, [], [], None)
     if memory is None or route.largest[0] * itemsize <= memory:
@@ -128,7 +137,7 @@ def make_route(
     )
 
 
-def _split(route: Route, layout: Layout, tree: bool, budget: int) -> Route | None:
+def _split(route: Route, layout: Layout, tree: bool | None, budget: int) -> Route | None:
     best: Route | None = None
     ordered = {c.plate for c in layout.chains}
     present = set().union(*(i.context for i in route.inputs))
@@ -141,7 +150,7 @@ def _split(route: Route, layout: Layout, tree: bool, budget: int) -> Route | Non
 
 
 def _fit(
-    route: Route, layout: Layout, plate: str, tree: bool, budget: int, fewer_than: int
+    route: Route, layout: Layout, plate: str, tree: bool | None, budget: int, fewer_than: int
 ) -> Route | None:
     """Split ``plate`` into the fewest parts that fit, found by doubling; None if none do."""
     most = min(layout.plates[plate].size, _MOST_PARTS)
@@ -158,7 +167,7 @@ def _fit(
 
 
 def _compile(
-    layout: Layout, inputs: Sequence[Input], tree: bool, stop: str | None = None
+    layout: Layout, inputs: Sequence[Input], tree: bool | None, stop: str | None = None
 ) -> Program:
     terms = [Term(slot, i.axes, i.context) for slot, i in enumerate(inputs)]
     return Compiler(layout, tree=tree, stop=stop).compile([i.scope for i in inputs], terms)
@@ -169,7 +178,7 @@ def _split_route(
     layout: Layout,
     plate: str,
     count: int,
-    tree: bool,
+    tree: bool | None,
     *,
     first_only: bool = False,
 ) -> Route:
@@ -177,10 +186,24 @@ def _split_route(
     inner = [i for i, x in enumerate(inputs) if plate in x.context]
     outer = [i for i, x in enumerate(inputs) if plate not in x.context]
     size, parts = layout.plates[plate].size, []
-    for k in range(1 if first_only else count):
-        rows = layout.rows_below(plate, k * size // count, (k + 1) * size // count)
+    programs: dict[Any, Program] = {}
+    if isinstance(count, int):
+        count = [k * size // count for k in range(count + 1)]
+    for start, stop in list(pairwise(count))[: 1 if first_only else None]:
+        rows = layout.rows_below(plate, start, stop)
         narrow = layout.narrowed(rows)
-        parts.append(Part(rows, _compile(narrow, [inputs[i] for i in inner], tree, plate)))
+        shape = _shape_of(narrow)
+        if shape not in programs:
+            programs[shape] = _compile(narrow, [inputs[i] for i in inner], tree, plate)
+        parts.append(Part(rows, programs[shape]))
     sums = [Input(t.axes, t.axes, t.context) for t in parts[0].program.outputs]
     program = _compile(layout, [*(inputs[i] for i in outer), *sums], tree)
     return Route(inputs, outer, program, inner, parts, plate)
+
+
+def _shape_of(layout: Layout) -> tuple[object, ...]:
+    """What tells the plates of two parts apart: a program serves all parts that agree in it."""
+    return tuple(
+        (p.size, *((q, m.numpy().tobytes()) for q, m in p.parents.items()))
+        for p in layout.plates.values()
+    )

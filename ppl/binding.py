@@ -60,6 +60,28 @@ class Bound:
         """Shape of a variable's array: plates, then event."""
         return (*(self.size(p) for p in variable.plates), *variable.event_shape)
 
+    def narrowed(self, rows: Mapping[str, Tensor]) -> Bound:
+        """The same with only some elements of some plates, ``rows[plate]`` long and ascending.
+
+        A plate within one of them must be named too, with the elements whose parents are kept. Consecutive elements are
+        views of the whole arrays. Elements are numbered anew and have no labels.
+        """
+        graph, plates = self.graph, dict(self.graph.plates)
+        for name, kept in rows.items():
+            plates[name] = replace(plates[name], size=len(kept))
+        values = {n: take(v, graph.variables[n].plates, rows) for n, v in self.values.items()}
+        masks = {n: take(m, graph.variables[n].plates, rows) for n, m in self.masks.items()}
+        maps = {}
+        for (child, ancestor), member in self.maps.items():
+            kept = take(member, (child,), rows)
+            if ancestor in rows:
+                at = rows[ancestor].to(kept.device)
+                kept = torch.searchsorted(at, kept)
+            maps[child, ancestor] = kept
+        labels = {n: range(len(rows[n])) if n in rows else ls for n, ls in self.labels.items()}
+        graph = replace(graph, plates=plates)
+        return replace(self, graph=graph, values=values, masks=masks, maps=maps, labels=labels)
+
 
 def bind(
     graph: Graph,
@@ -127,6 +149,54 @@ def bind(
     _check_arguments(graph, values, plates.labels)
     report += _unused(graph, columns)
     return Bound(graph, values, masks, maps, plates.labels, dtype, place, tuple(report), columns)
+
+
+def take(array: Tensor, axes: Sequence[str], rows: Mapping[str, Tensor]) -> Tensor:
+    """An array with leading ``axes`` narrowed to ``rows``, ascending; a view where they are consecutive.
+
+    >>> take(torch.arange(6).reshape(2, 3), ("a", "b"), {"b": torch.tensor([1, 2])}).tolist()
+    [[1, 2], [4, 5]]
+    """
+    for dim, axis in enumerate(axes):
+        if axis not in rows:
+            continue
+        kept = rows[axis]
+        start, count = int(kept[0]) if len(kept) else 0, len(kept)
+        if not count or int(kept[-1]) - start == count - 1:
+            array = array.narrow(dim, start, count)
+        else:
+            array = array.index_select(dim, kept.to(array.device))
+    return array
+
+
+def put(whole: Tensor, axes: Sequence[str], rows: Mapping[str, Tensor], part: Tensor) -> None:
+    """Write the elements ``rows`` of an array with leading ``axes``: the inverse of :func:`take`.
+
+    >>> x = torch.zeros(3)
+    >>> put(x, ("a",), {"a": torch.tensor([0, 2])}, torch.ones(2))
+    >>> x
+    tensor([1., 0., 1.])
+    """
+    place = whole
+    scattered = []
+    for dim, axis in enumerate(axes):
+        kept = rows.get(axis)
+        if kept is None or not len(kept):
+            continue
+        start, count = int(kept[0]), len(kept)
+        if int(kept[-1]) - start == count - 1:  # consecutive: rows ascend
+            place = place.narrow(dim, start, count)
+        else:
+            scattered.append((dim, kept.to(whole.device)))
+    if not scattered:
+        place.copy_(part)
+    elif len(scattered) == 1:
+        place.index_copy_(*scattered[0], part)
+    else:
+        grid = [torch.arange(n, device=whole.device) for n in place.shape]
+        for dim, kept in scattered:
+            grid[dim] = kept
+        place[torch.meshgrid(*grid, indexing="ij")] = part
 
 
 def positions_of(old: Sequence[Any], new: Sequence[Any]) -> Tensor:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ppl import backend as backends
 from ppl.backend import Info, Reason, Settings
+from ppl.batches import batches_of
 from ppl.binding import Bound, Missing
 from ppl.continual import with_prior
 from ppl.errors import (
@@ -30,6 +31,7 @@ from ppl.errors import (
 )
 from ppl.graph import Graph
 from ppl.growth import grown
+from ppl.labels import report as label_report
 from ppl.model import Model
 from ppl.posterior import Posterior
 from ppl.streams import Streams, isolated
@@ -85,7 +87,7 @@ def infer(
             :mod:`ppl.continual`.
         sizes: of plates that no array shows.
         labels: names of the elements of plates.
-        minibatch: number of elements of a plate used in a step.
+        minibatch: number of elements of a plate used in a step, ``{"user": 1000}``; see :mod:`ppl.batches`.
         restarts: independent runs, batched; the best one is kept.
         max_iters: most steps; the backend's own limit by default.
         tol: of the stop rule: change of block means, in posterior standard deviations (0.1 by default; 0 never stops).
@@ -124,7 +126,10 @@ def infer(
         bound = bound if prior is None else with_prior(bound, prior)
         method, why = _choose(bound, options) if method == "auto" else (method, "asked for by name")
         name, backend, record = backends.resolve(method, options)
-        lacking = backends.sparse_reasons(backend, bound)
+        lacking = [
+            *backends.sparse_reasons(backend, bound),
+            *backends.network_reasons(backend, bound.graph, bound.columns),
+        ]
         _check_supported(name, [*backend.supports(bound.graph), *lacking])
         streams = Streams(seed, bound.device)
         settings = Settings(streams, _restarts(restarts), _bytes(memory), max_iters, tol, minibatch)
@@ -174,7 +179,9 @@ def explain(
 
 def _explained(name: str, graph: Graph, bound: Bound | None, memory: int | str | None) -> Explained:
     backend = backends.load(name)
-    reasons, note = backend.supports(graph), ""
+    known = () if bound is None else bound.columns
+    reasons = [*backend.supports(graph), *backends.network_reasons(backend, graph, known)]
+    note = ""
     if bound is not None:
         reasons = [*reasons, *backends.sparse_reasons(backend, bound)]
     if not reasons and bound is not None and hasattr(backend, "describe"):
@@ -251,6 +258,7 @@ class _Run:
         self.options, self.callbacks = options, callbacks
         self.line = _Line(name, progress)
         self.problem = backend.prepare(bound, options, settings)
+        self.batches = batches_of(bound, settings.minibatch, settings.streams)
         self.limit: int = settings.max_iters or int(getattr(self.problem, "max_iters", 1))
         self.rule = _StopRule(0.1 if settings.tol is None else settings.tol)
         self.iteration, self.seconds, self.saved = 0, 0.0, 0.0
@@ -287,7 +295,8 @@ class _Run:
 
     def _step(self) -> tuple[Any, Info]:
         try:
-            return self.backend.step(self.problem, self.state, None)
+            batch = None if self.batches is None else self.batches.at(self.iteration)
+            return self.backend.step(self.problem, self.state, batch)
         except torch.linalg.LinAlgError as error:
             raise NumericalError(
                 f"{self.name}, step {self.iteration + 1}: {error}. Scale the data to order one, or give vague priors a scale."
@@ -326,12 +335,14 @@ class _Run:
                 0,
                 f"not converged after {self.iteration} iterations; continue with posterior.resume(100)",
             )
+        seen, labels = label_report(posterior)
         posterior.diagnostics = replace(
             found,
             converged=self.ended == "converged" and found.converged,  # a backend may also give up
             iterations=self.iteration,
             seconds=self.seconds,
-            warnings=tuple(notes),
+            warnings=(*notes, *labels),
+            notes={**found.notes, **seen},
         )
         if notes:
             warnings.warn(f"{self.name}: " + "; ".join(notes), stacklevel=4)
@@ -364,6 +375,7 @@ class _Run:
         except (ModelError, DataError, UnsupportedError) as error:
             raise trim_traceback(error) from None
         run.problem = self.backend.prepare(run.bound, self.options, self.settings)
+        run.batches = batches_of(run.bound, self.settings.minibatch, self.settings.streams)
         given = max_iters or self.settings.max_iters
         run.limit = given or int(getattr(run.problem, "max_iters", 1))
         run.rule, run.metrics, run.file = _StopRule(self.rule.tol), {}, None

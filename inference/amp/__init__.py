@@ -8,6 +8,7 @@ from ppl.inference.amp.results import AMPPosterior, posterior
 from ppl.inference.amp.sweep import init, step
 
 Options = AMP
+looks_inside = True
 takes_sparse = True
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Options",
     "describe",
     "init",
+    "looks_inside",
     "posterior",
     "prepare",
     "state_evolution",

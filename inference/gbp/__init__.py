@@ -12,6 +12,7 @@ from ppl.inference.gbp.problem import cost, describe, prepare, supports
 from ppl.inference.gbp.results import posterior
 
 Options = GBP
+looks_inside = True
 
 __all__ = [
     "GBP",
@@ -20,6 +21,7 @@ __all__ = [
     "describe",
     "extend",
     "init",
+    "looks_inside",
     "posterior",
     "prepare",
     "step",

@@ -9,6 +9,7 @@ from ppl.inference.laplace.results import posterior
 from ppl.inference.laplace.states import init
 
 Options = LaplaceApproximation
+looks_inside = True
 
 __all__ = [
     "LaplaceApproximation",
@@ -17,6 +18,7 @@ __all__ = [
     "describe",
     "extend",
     "init",
+    "looks_inside",
     "posterior",
     "prepare",
     "solution",

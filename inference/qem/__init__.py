@@ -6,7 +6,7 @@ proposal to the posterior moments that come out; no gradients of the model are t
 
 from ppl.inference.particles.problem import describe, supports
 from ppl.inference.particles.results import reweight
-from ppl.inference.qem.kernel import init, posterior, prepare, step
+from ppl.inference.qem.minibatch import init, posterior, prepare, step
 from ppl.inference.qem.options import QEM
 
 Options = QEM

@@ -8,6 +8,7 @@ sample size is low, and moments averaged in central form.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +16,16 @@ from torch import Tensor
 
 from ppl.backend import Info, Settings
 from ppl.binding import Bound
-from ppl.inference.particles import proposals, results
+from ppl.inference.particles import moments, results
 from ppl.inference.particles.approximation import Approximation
-from ppl.inference.particles.estep import Evaluated, Weights, draw_all, evaluated, weigh
+from ppl.inference.particles.blocks import Block
+from ppl.inference.particles.conditional import update_all
+from ppl.inference.particles.estep import Evaluated, Weights, draw_in_parts, evaluated, weigh
 from ppl.inference.particles.params import learn
+from ppl.inference.particles.pilot import refined, wants_pilot
 from ppl.inference.particles.problem import Problem, prepare_particles
 from ppl.inference.particles.proposals import Particles, Proposal
+from ppl.inference.particles.shards import PartDraws, average_in_parts, inner_blocks
 from ppl.inference.particles.start import first_approximation
 from ppl.inference.particles.weighting import Weighting
 from ppl.inference.qem.options import QEM
@@ -30,8 +35,11 @@ _ITERATIONS = 500
 _ENOUGH = (
     0.2  # share of the particles that the effective sample size must reach while the bridge is down
 )
-_STRIDE = 0.4  # step while the bridge is down
-_COLLAPSED = 0.02  # share below which the bridge comes down again
+_MANY = 1_000  # elements of a plate above which the bridge starts below 1
+_WATCHED = 100_000  # entries of a tensor that the stop rule looks at
+STRIDE = 0.4  # step while the bridge is down
+_PATIENCE = 20  # iterations without a rise after which the exponent counts as settled
+COLLAPSED = 0.02  # share below which the bridge comes down again
 
 
 class State(NamedTuple):
@@ -41,6 +49,9 @@ class State(NamedTuple):
     bridge: float  # exponent of the weights, 1 once the posterior itself is the target
     crossed: int  # iterations since then
     iteration: int
+    inner: float = 1.0  # exponent of the weights within plates
+    level: float = 0.0  # highest exponent so far, about
+    risen: int = 0  # iteration at which it rose last
 
 
 def prepare(bound: Bound, options: QEM, settings: Settings) -> Problem:
@@ -49,30 +60,43 @@ def prepare(bound: Bound, options: QEM, settings: Settings) -> Problem:
     Raises:
         UnsupportedError: the plan does not fit the memory budget, or an option of ``infer`` is not supported.
     """
-    return prepare_particles(bound, options, settings, settings.max_iters or _ITERATIONS)
+    problem = prepare_particles(bound, options, settings, settings.max_iters or _ITERATIONS)
+    if options.final_particles is not None:
+        results.check_last(problem)
+    return refined(problem, init, step) if wants_pilot(problem) else problem
 
 
 def init(problem: Problem) -> State:
     """The first approximation, not tempered."""
-    return State(first_approximation(problem), 1.0, 0, 0)
+    return State(first_approximation(problem), _first_bridge(problem), 0, 0)
+
+
+def _first_bridge(problem: Problem) -> float:
+    """Where the search for the bridge begins: a weighting of a large plate is dear, and far from 1 it will be."""
+    sizes = [problem.bound.size(p) for p in problem.bound.graph.plates]
+    return min(1.0, _MANY / max(sizes, default=1))
 
 
 def step(problem: Problem, state: State, batch: Any = None) -> tuple[State, Info]:
     """One iteration."""
     weighting = problem.weighting
-    particles = draw_all(weighting, state.q, problem.settings.streams)
+    particles = draw_in_parts(weighting, state.q, problem.settings.streams)
     here = evaluated(problem, weighting, particles, state.q)
-    bridge, weights = _cross(problem, state, here)
-    averaged = _averaged(problem, state, particles, weights, bridge)
+    bridge, inner, weights = cross(problem, state, here, can_differ(weighting))
+    averaged = _averaged(problem, state, particles, here.arrays, weights, bridge)
     params = state.q.params
     if params:
         params = learn(problem, params, here, state.iteration + 1)
     crossed = state.crossed + 1 if bridge == 1.0 else 0
     if crossed > 1 and problem.options.bridge and averaged:
-        if _share(weighting, weights) < _COLLAPSED:
+        if effective_share(weighting, weights) < COLLAPSED:
             bridge, crossed = 0.25, 0
-    new = State(Approximation(averaged, params), bridge, crossed, state.iteration + 1)
-    return new, _info(new, weights)
+    level, risen = state.level, state.risen
+    if bridge > 1.5 * level:
+        level, risen = bridge, state.iteration
+    q = Approximation(averaged, params)
+    new = State(q, bridge, crossed, state.iteration + 1, inner, level, risen)
+    return new, info(_common(problem, new), weights)
 
 
 def posterior(problem: Problem, state: State) -> Posterior:
@@ -86,83 +110,146 @@ def posterior(problem: Problem, state: State) -> Posterior:
 def _averaged(
     problem: Problem,
     state: State,
-    particles: dict[str, Particles],
+    particles: Mapping[str, Particles],
+    arrays: Mapping[str, Tensor],
     weights: Weights,
     bridge: float,
 ) -> dict[str, Proposal]:
     """The M-step: new moments averaged into every proposal."""
     options = problem.options
-    share = options.step_at(state.crossed) if bridge == 1.0 else _STRIDE
-    return {
-        b.axis: proposals.update(
-            b,
-            state.q.proposals[b.axis],
-            particles[b.axis],
-            weights.marginals[b.axis],
-            share,
-            options.variance_correction,
-        )
-        for b in problem.blocks
-        if not b.enumerated
-    }
+    share = options.step_at(state.crossed) if bridge == 1.0 else _stride(state)
+
+    def update(block: Block, before: Proposal, drawn: Particles, w: Tensor) -> Proposal:
+        return moments.update(block, before, drawn, w, share, options.variance_correction)
+
+    if isinstance(particles, PartDraws):
+        return average_in_parts(particles, state.q, weights.marginals, update)
+    return update_all(
+        problem.weighting,
+        state.q.proposals,
+        particles,
+        arrays,
+        weights,
+        share,
+        options.variance_correction,
+    )
 
 
-def _cross(problem: Problem, state: State, here: Evaluated) -> tuple[float, Weights]:
-    """The largest exponent that leaves enough effective particles, and the weights there."""
+def _stride(state: State) -> float:
+    """Step while the weights are tempered; once their exponent no longer rises it falls, so that averages settle."""
+    return STRIDE * (1 + (state.iteration - state.risen) / _PATIENCE) ** -0.6
+
+
+def can_differ(weighting: Weighting) -> bool:
+    """Whether weights within plates may have an exponent of their own."""
+    along = any(b.chain and b.plates == (b.chain,) for b in weighting.blocks)
+    return weighting.plan.split is None and weighting.share is None and not along
+
+
+def cross(
+    problem: Problem, state: State, here: Evaluated, apart: bool = False
+) -> tuple[float, float, Weights]:
+    """The largest exponents that leave enough effective particles, outside and within plates, and the weights there.
+
+    Tempering within plates makes their message to the other blocks that of mean-field inference, which is too narrow; so
+    plates are tempered for their own sake only. ``apart=False`` keeps both exponents equal.
+    """
     if not problem.options.bridge or not here.particles or state.crossed > 0:
-        return 1.0, weigh(here, last=True)
-    # Where some weights never even out (few particles, many plates) the bridge rises all the same.
-    least = min(1.0, 1e-3 * 1.15 ** max(0, state.iteration - 60))
-    bridge = min(1.0, state.bridge * 4)
+        return 1.0, 1.0, weigh(here, last=True, enumerated=False)
+    inner = min(1.0, state.inner * 4) if apart else 1.0
+    bridge = min(inner, state.bridge * 4)
     while True:
-        weights = weigh(here, bridge)
-        if bridge <= least or _share(here.weighting, weights) >= _ENOUGH or bridge < 1e-12:
-            return bridge, weights
-        bridge = bridge / 2
+        inner = inner if apart else bridge
+        weights = weigh(here, bridge, inner=inner, enumerated=False)
+        outside, within = effective_shares(here.weighting, weights)
+        if min(outside, within) >= _ENOUGH or bridge < 1e-12:
+            return bridge, inner, weights
+        if apart and within < _ENOUGH:
+            inner = inner / 2
+            bridge = min(bridge, inner)
+        else:
+            bridge = bridge / 2
 
 
-def _share(weighting: Weighting, weights: Weights) -> float:
-    """Effective share of the particles: median over a block's elements, least over the blocks."""
-    shares = []
+def effective_share(weighting: Weighting, weights: Weights) -> float:
+    """The lesser of :func:`effective_shares`."""
+    return min(effective_shares(weighting, weights))
+
+
+def effective_shares(weighting: Weighting, weights: Weights) -> tuple[float, float]:
+    """Effective share of the particles outside and within plates: median over a block's elements, least over the blocks.
+
+    Of a plate spread over processes only the blocks outside it count: they are the same everywhere.
+    """
+    least = {False: 1.0, True: 1.0}
+    own = inner_blocks(weighting) if weighting.share else ()
     for block in weighting.blocks:
-        if block.enumerated:
+        if block.enumerated or block in own:
             continue
         w = weights.marginals[block.axis]
-        if not bool(w.isfinite().all()):
-            return 0.0
         k = w.shape[-1]
         ess = 1.0 / w.square().sum(-1)
-        shares.append(((ess - 1) / max(k - 1, 1)).median())
-    return float(torch.stack(shares).min()) if shares else 1.0
+        share = float(((ess - 1) / max(k - 1, 1)).median()) if bool(w.isfinite().all()) else 0.0
+        within = bool(block.plates)
+        least[within] = min(least[within], share)
+    return least[False], least[True]
+
+
+def _common(problem: Problem, state: State) -> State:
+    """The state without the blocks that only this process holds: all must decide alike when to stop."""
+    if problem.weighting.share is None:
+        return state
+    own = {b.axis for b in inner_blocks(problem.weighting)}
+    proposals = {a: p for a, p in state.q.proposals.items() if a not in own}
+    return state._replace(q=Approximation(proposals, state.q.params))
 
 
 # ---- what a person sees -----------------------------------------------------------------------------------------
 
 
-def _info(state: State, weights: Weights) -> Info:
-    ess = [1.0 / w.square().sum(-1) for a, w in weights.marginals.items() if a in state.q.proposals]
+def info(state: State, weights: Weights) -> Info:
+    ess = [
+        w.square().sum(-1).reciprocal_().median()
+        for a, w in weights.marginals.items()
+        if a in state.q.proposals
+    ]
     metrics = {
         "log_evidence": float(weights.log_z.max()) if state.bridge == 1.0 else math.nan,
-        "ess": float(torch.stack([e.median() for e in ess]).min()) if ess else math.inf,
+        "ess": float(torch.stack(ess).min()) if ess else math.inf,
         "bridge": state.bridge,
     }
     watch, unit = _watch(state)
     done = not state.q.proposals and not state.q.params
-    return Info(metrics, done=done, watch=watch, unit=unit, ready=state.crossed > 10)
+    return Info(
+        metrics,
+        done=done,
+        watch=watch,
+        unit=unit,
+        ready=state.crossed > 10 or state.iteration - state.risen > 2 * _PATIENCE,
+    )
 
 
 def _watch(state: State) -> tuple[Tensor | None, Tensor | None]:
     """Locations and log spreads of everything that is learned, and the spread to measure their change by."""
-    parts, units = [], []
+    means, sds, parts, units = [], [], [], []
     for proposal in state.q.proposals.values():
         if proposal.joint is not None:
-            mean, sd = proposal.joint.mean.reshape(-1), proposal.joint.sd.reshape(-1)
-            parts += [mean, sd.log()]
-            units += [sd, torch.ones_like(sd)]
-        for moments in proposal.families.values():
-            parts += [m.reshape(-1) for m in moments]
-            units += [m.reshape(-1).abs().clamp(min=1e-12) for m in moments]
+            means.append(_some(proposal.joint.mean))
+            sds.append(_some(proposal.joint.sd))
+        for family in proposal.families.values():
+            parts += [_some(m) for m in family]
+            units += [_some(m).abs().clamp(min=1e-12) for m in family]
     for learned in state.q.params.values():
         parts.append(learned.free.reshape(-1))
         units.append(torch.full_like(parts[-1], 0.1))
+    if means:
+        sd = torch.cat(sds)
+        parts += [torch.cat(means), sd.log()]
+        units += [sd, torch.ones_like(sd)]
     return (torch.cat(parts), torch.cat(units)) if parts else (None, None)
+
+
+def _some(t: Tensor) -> Tensor:
+    """All entries of a small tensor; of a large one evenly spaced ones, since the last 40 steps are kept."""
+    flat = t.reshape(-1)
+    return flat[:: max(1, flat.numel() // _WATCHED)]

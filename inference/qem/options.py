@@ -17,8 +17,9 @@ class QEM(ParticleOptions):
         step: share of the new moments in the average: ``"schedule"``, a constant, or a function of the iteration.
         bridge: temper the posterior while its effective sample size is low.
         variance_correction: divide variances by ``1 - sum(w^2)``; helps with few particles, hurts elsewhere.
+        distribute: a plate whose elements are spread over the processes of ``torch.distributed``, started by torchrun.
         **others: those of :class:`ParticleOptions`: ``particles``, ``groups``, ``q``, ``start``, ``joint_up_to``,
-            ``enumerate_up_to``, ``final_particles``, ``tails``, ``replicates``.
+            ``enumerate_up_to``, ``final_particles``, ``tails``, ``replicates``, ``chains``.
 
     Source: [Heap2025]; the bridge and joint blocks are additions.
     """
@@ -26,6 +27,7 @@ class QEM(ParticleOptions):
     step: str | float | Any = "schedule"
     bridge: bool = True
     variance_correction: bool = False
+    distribute: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
