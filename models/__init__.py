@@ -9,6 +9,7 @@ from ppl.models.epidemics import covid
 from ppl.models.grids import denoise, denoise_pairs, gaussian_grid, stereo
 from ppl.models.hierarchical import eight_schools, radon, radon_counties, radon_states, rats
 from ppl.models.logistic import bus_breakdown, chimpanzees
+from ppl.models.mixture import mixture, ordered_mixture, zero_inflated
 from ppl.models.occupancy import occupancy
 from ppl.models.ratings import movielens
 from ppl.models.slam import bundle_adjustment, pose_graph_2d, pose_graph_3d
@@ -47,10 +48,12 @@ __all__ = [
     "group_sparse",
     "local_level",
     "local_linear_trend",
+    "mixture",
     "movielens",
     "nonnegative_sparse",
     "occupancy",
     "one_bit",
+    "ordered_mixture",
     "pose_graph_2d",
     "pose_graph_3d",
     "pose_graphs",
@@ -69,4 +72,5 @@ __all__ = [
     "tracking",
     "transforms",
     "worlds",
+    "zero_inflated",
 ]

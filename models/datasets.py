@@ -21,7 +21,6 @@ from ppl.models.plated import (
     occupancy,
     radon_counties,
     radon_states,
-    with_first,
 )
 from ppl.models.pose_graphs import PoseGraph, full_information
 
@@ -48,7 +47,6 @@ __all__ = [
     "radon_states",
     "rats",
     "uci",
-    "with_first",
 ]
 
 MINNESOTA_FILES = (

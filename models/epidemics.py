@@ -28,9 +28,7 @@ def covid(interventions: int = 9, rescaled: bool = False) -> None:
     ``log_infected_noise`` and ``psi`` are ``[region]``, ``log_infected`` is ``[region, time]``.
     Data: ``obs`` (cases) ``[region, time]``, ``npis`` ``[region, time, interventions]``, ``wearing``
     (share of people with masks) and ``mobility`` (its reduction) ``[region, time]``, in days or in
-    weeks. The chain's first element stands outside its plate, so that the covariates of the first
-    time stand by themselves, too: ``npis_first`` ``[region, interventions]``, ``wearing_first`` and
-    ``mobility_first`` ``[region]``; those of that time in the other arrays are not used.
+    weeks.
 
     Args:
         interventions: how many there are.
@@ -38,8 +36,7 @@ def covid(interventions: int = 9, rescaled: bool = False) -> None:
 
     Source: [Heap2025], covid.
 
-    >>> from ppl.models.datasets import with_first
-    >>> covariates = with_first(npis=[[[0.0], [1.0]]], wearing=[[0.1, 0.2]], mobility=[[0.0, 0.5]])
+    >>> covariates = {"npis": [[[0.0], [1.0]]], "wearing": [[0.1, 0.2]], "mobility": [[0.0, 0.5]]}
     >>> covid(interventions=1).sample(3, covariates, seed=0)["log_infected"].shape
     torch.Size([3, 1, 2])
     """
@@ -50,19 +47,14 @@ def covid(interventions: int = 9, rescaled: bool = False) -> None:
     region_r = latent("RegionR", Normal(1.07, 0.6))
     size_mean = latent("InitialSize_log_mean", Normal(math.log(1000), 0.5))
     noise_mean = latent("log_infected_noise_mean", Normal(math.log(0.01), 0.25))
-
-    def growth(part: str = ""):
-        npis, wearing, mobility = (given(n + part) for n in ("npis", "wearing", "mobility"))
-        by_npis = (cm_alpha * npis).sum(-1)
-        return region_r + by_npis + wearing_alpha * wearing + mobility_alpha * mobility
-
     with plate("region"):
         before = latent("InitialSize_log", Normal(size_mean, 0.5))
         noise = latent("log_infected_noise", Normal(noise_mean, 0.25)).exp()
         psi = latent("psi", Normal(0.0, 1.0))
-        first = Normal(before + growth("_first"), noise)
         with plate("time", ordered=True):
-            grown = growth()
-            path = Markov(first, lambda last: Normal(last + grown, noise))
+            by_npis = (cm_alpha * given("npis")).sum(-1)
+            by_masks = wearing_alpha * given("wearing")
+            growth = region_r + by_npis + by_masks + mobility_alpha * given("mobility")
+            path = Markov(Normal(before + growth, noise), lambda last: Normal(last + growth, noise))
             log_infected = latent("log_infected", path)
             observe("obs", NegativeBinomial(total_count=psi.exp(), logits=log_infected - psi))

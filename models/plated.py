@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from ppl.errors import DataError
@@ -127,8 +125,7 @@ def covid(weekly: bool = False) -> Split:
     Returns:
         Train and test: ``obs`` (cases), ``wearing`` (share of people with masks), ``mobility`` (its
         reduction) ``[region, time]`` and ``npis`` ``[region, time, 9]``; the times of test follow
-        those of train. Each with the covariates of its first time by themselves, see
-        :func:`with_first`.
+        those of train.
 
     Raises:
         DataError: the file is not on this machine.
@@ -138,25 +135,9 @@ def covid(weekly: bool = False) -> Split:
     arrays = arrays_of(f"covid/covid_{'weekly' if weekly else 'daily'}.npz", _COVID_SOURCE)
     times = int(arrays.pop("n_train"))
     arrays = {name: array.astype(float) for name, array in arrays.items()}
-    train, test = ({k: a[:, part] for k, a in arrays.items()} for part in _before_and_after(times))
-    return Split(with_first(**train), with_first(**test))
-
-
-def with_first(**series: Any) -> dict[str, np.ndarray]:
-    """Series with the covariates of their first time by themselves, as :func:`ppl.models.covid` asks.
-
-    Args:
-        series: arrays ``[region, time, ...]``; ``obs``, where it is among them, is left as it is.
-
-    Returns:
-        These, and ``name_first`` ``[region, ...]`` for each covariate.
-
-    >>> sorted(with_first(obs=[[3, 4]], wearing=[[0.1, 0.2]]))
-    ['obs', 'wearing', 'wearing_first']
-    """
-    arrays = {name: np.asarray(values) for name, values in series.items()}
-    first = {f"{name}_first": a[:, 0] for name, a in arrays.items() if name != "obs"}
-    return {**arrays, **first}
+    return Split(
+        *({k: a[:, part] for k, a in arrays.items()} for part in _before_and_after(times))
+    )
 
 
 def chimpanzees() -> Split:

@@ -100,6 +100,8 @@ class Posterior:
         self._continue: Callable[[int], Posterior] | None = None
         self._extend: Callable[..., Posterior] | None = None
         self._draws: dict[str, Tensor] | None = None
+        # Means [runs, *plates, *event] in the restarts that reach the best log evidence within 3 nats, the best first.
+        self.restart_means: dict[str, Tensor] = {}
 
     @property
     def log_evidence(self) -> Evidence | None:
@@ -260,25 +262,67 @@ class Posterior:
 
         return predict(self, data, n=n, sites=sites, seed=seed, **binding)
 
-    def forecast(self, n: int = 1000, *, seed: int | None = None, **steps: int) -> Any:
-        """Draws of the next ``steps`` elements of an ordered plate: ``forecast(year=10)``."""
+    def forecast(
+        self,
+        data: Mapping[str, Any] | None = None,
+        *,
+        n: int = 1000,
+        seed: int | None = None,
+        **steps: int,
+    ) -> Any:
+        """Draws of the next ``steps`` elements of an ordered plate: ``forecast(year=10)``.
+
+        ``data`` holds the covariates of the new elements, if the model reads any along the plate.
+        """
         from ppl.prediction import forecast
 
-        return forecast(self, n=n, seed=seed, **steps)
+        return forecast(self, data, n=n, seed=seed, **steps)
 
     def log_likelihood(
-        self, data: Any = None, *, n: int = 1000, seed: int | None = None
+        self, data: Any = None, *, n: int = 1000, seed: int | None = None, **binding: Any
     ) -> dict[str, Tensor]:
-        """Log-likelihood ``[n, *plates]`` of every observed entry under joint posterior draws."""
+        """Log-likelihood ``[n, *plates]`` of every observed entry under joint posterior draws.
+
+        ``binding``: ``sizes`` and ``labels`` of plates, as in :meth:`predict`.
+        """
         from ppl.prediction import log_likelihood
 
-        return log_likelihood(self, data, n=n, seed=seed)
+        return log_likelihood(self, data, n=n, seed=seed, **binding)
 
     def loo(self, *, n: int = 1000, seed: int | None = None) -> LooResult:
         """Leave-one-out predictive score by Pareto-smoothed importance sampling."""
         from ppl.prediction import leave_one_out
 
         return leave_one_out(self, n=n, seed=seed)
+
+    # ---- exchangeable components ----------------------------------------------------------------------------
+
+    def relabelled(
+        self,
+        components: str | None = None,
+        *,
+        by: str | None = None,
+        n: int = 4000,
+        seed: int | None = None,
+    ) -> Posterior:
+        """The posterior with exchangeable components numbered alike in every draw.
+
+        The components of a mixture may be renumbered at will (label switching; the warnings say where), so that a mean of
+        "component 1" over draws, or its comparison between two runs, means something only after this.
+
+        Args:
+            components: a plate, or a latent, whose elements are exchangeable; the only such ones by default.
+            by: a site that ascends with the number. By default numbers are chosen so that the components of all draws
+                are as alike as they can be; see :mod:`ppl.labels`.
+            n: joint draws that the new posterior consists of.
+            seed: of these draws.
+
+        Raises:
+            DataError: no components of the model are exchangeable, or none of that name.
+        """
+        from ppl.labels import relabelled
+
+        return relabelled(self, components, by, n, seed)
 
     # ---- moving on ------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -122,12 +123,19 @@ def predict(
 
 
 def forecast(
-    posterior: Posterior, *, n: int = 1000, seed: int | None = None, **steps: int
+    posterior: Posterior,
+    data: Mapping[str, Any] | None = None,
+    *,
+    n: int = 1000,
+    seed: int | None = None,
+    **steps: int,
 ) -> Prediction:
-    """Draw the next elements of an ordered plate.
+    """Draw the next elements of an ordered plate, from the last state of each joint draw on.
 
     Args:
         posterior: of a model with a Markov latent in that plate.
+        data: what is known of the new elements: covariates along the plate, with as many elements there as steps, and
+            labels under the plate's name.
         n: number of draws.
         seed: of the draws.
         **steps: name of the plate and how many elements to add: ``year=10``.
@@ -136,10 +144,10 @@ def forecast(
         Draws for the new elements only.
 
     Raises:
-        DataError: no such ordered plate, or the model reads covariates along it, whose future is not known.
+        DataError: no such ordered plate, or a covariate of the new elements is missing or has another shape.
     """
     plate, count = _forecast_plate(posterior, steps)
-    bound = _extended(posterior.bound, plate, count)
+    bound = _extended(posterior.bound, plate, count, dict(data or {}))
     streams = Streams(posterior.seed + 3 if seed is None else seed)
     draws = posterior.samples(n, seed=streams.seed)
     known = {
@@ -319,15 +327,9 @@ def _forecast_plate(posterior: Posterior, steps: Mapping[str, int]) -> tuple[str
     return plate, count
 
 
-def _extended(bound: Bound, plate: str, count: int) -> Bound:
+def _extended(bound: Bound, plate: str, count: int, future: Mapping[str, Any]) -> Bound:
+    """The data with ``count`` more elements of ``plate``."""
     graph = bound.graph
-    reads = {n for f in graph.densities for n in variables_of(graph, f)}
-    for variable in graph.role("given"):
-        if plate in variable.plates and variable.name in reads:
-            raise DataError(
-                f"forecast({plate}={count}): the model reads '{variable.name}' along {plate}, whose future is not known. "
-                f"Use predict with arrays that are {count} longer."
-            )
     below = [p.name for p in graph.plates.values() if plate in p.parents]
     if below:
         raise DataError(
@@ -335,9 +337,62 @@ def _extended(bound: Bound, plate: str, count: int) -> Bound:
         )
     size = bound.size(plate)
     plates = {**graph.plates, plate: replace(graph.plates[plate], size=size + count)}
-    labels = {**bound.labels, plate: _continued(bound.labels[plate], count)}
+    values = bound.values | _continued_covariates(bound, plate, count, future)
+    new = future.get(plate)
+    if new is not None and len(new) != count:
+        raise DataError(
+            f"forecast({plate}={count}): '{plate}' has {len(new)} labels. Give {count}."
+        )
+    own = bound.labels[plate]
+    continued = _continued(own, count) if new is None else [*own, *list(new)]
     maps = {key: m for key, m in bound.maps.items() if key[0] != plate}
-    return replace(bound, graph=replace(graph, plates=plates), labels=labels, maps=maps)
+    longer = replace(graph, plates=plates)
+    labels = {**bound.labels, plate: continued}
+    return replace(bound, graph=longer, values=values, labels=labels, maps=maps)
+
+
+def _continued_covariates(
+    bound: Bound, plate: str, count: int, future: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Covariates along the plate with those of the new elements behind them."""
+    graph = bound.graph
+    along = {v.name: v for v in graph.role("given") if plate in v.plates}
+    stray = [name for name in future if name not in along and name != plate]
+    if stray:
+        raise DataError(
+            f"forecast({plate}={count}): '{stray[0]}' is no covariate along {plate}.{nearest(stray[0], along)} "
+            f"Covariates: {', '.join(along) or 'none'}."
+        )
+    reads = {n for f in graph.factors.values() for n in variables_of(graph, f)}
+    lacking = [name for name in along if name in reads and name not in future]
+    if lacking:
+        raise DataError(
+            f"forecast({plate}={count}): the model reads '{lacking[0]}' along {plate}, whose future is not known. "
+            f"Pass it for the {count} new elements: forecast({{'{lacking[0]}': ...}}, {plate}={count})."
+        )
+    return {name: _with_future(bound, along[name], plate, count, future[name]) for name in along
+            if name in future}  # fmt: skip
+
+
+def _with_future(bound: Bound, variable: Any, plate: str, count: int, new: Any) -> Tensor:
+    known = bound.values[variable.name]
+    at = variable.plates.index(plate)
+    if variable.index_of is not None:
+        wanted = list(np.asarray(new).reshape(-1).tolist())
+        rows = positions_of(bound.labels[variable.index_of], wanted)
+        if bool((rows < 0).any()):
+            unknown = wanted[int((rows < 0).nonzero()[0])]
+            raise DataError(f"forecast: '{variable.name}': {variable.index_of} has no {unknown!r}.")
+        tensor = rows.reshape(np.shape(new)).to(known)
+    else:
+        tensor = torch.as_tensor(np.asarray(new)).to(known)
+    shape = [*known.shape[:at], count, *known.shape[at + 1 :]]
+    if list(tensor.shape) != shape:
+        raise DataError(
+            f"forecast({plate}={count}): '{variable.name}': expected shape {shape} for the new elements, "
+            f"got {list(tensor.shape)}."
+        )
+    return torch.cat([known, tensor], at)
 
 
 def _continued(labels: Sequence[Any], count: int) -> Sequence[Any]:

@@ -288,7 +288,7 @@ def _rebuilt(
             for n, kind in about["kinds"].items()
         },
         method=about["method"],
-        sampler=_Pool(content["pool"]),
+        sampler=Pool(content["pool"]),
         log_evidence=None if evidence is None else Evidence(*evidence),
         diagnostics=Diagnostics(
             content["ess"],
@@ -316,7 +316,7 @@ def _marginal(tensors: Mapping[str, Tensor], name: str, kind: str, about: Mappin
     return mg.KINDS[kind](**tensors, **more)
 
 
-class _Pool:
+class Pool:
     """A sampler that deals stored draws, reshuffled: whole rounds before any repeats."""
 
     def __init__(self, draws: Mapping[str, Tensor]) -> None:

@@ -148,7 +148,10 @@ class _Simulation:
         arguments = compiler.later_arguments(transition, plate)
         looks_far = self._looks_far(transition, plate)
         row_shape = tuple(1 if i == at else s for i, s in enumerate(shape))
-        for t in range(1, shape[at]):
+        done = _known_rows(entry, at)
+        if done:
+            path.narrow(at, 0, done).copy_(entry.values.narrow(at, 0, done))
+        for t in range(max(done, 1), shape[at]):
             # A step that looks past its neighbour needs every array whole; of its result one row is used.
             whole = {**self.arrays, variable.name: path}
             arrays = whole if looks_far else self._rows(plate, t, whole)
@@ -296,6 +299,15 @@ def _mixed(draw: Tensor, entry: Known | None, variable: Variable) -> Tensor:
         return draw
     mask = entry.mask.reshape((*entry.mask.shape, *(1,) * len(variable.event_shape)))
     return torch.where(mask, entry.values, draw)
+
+
+def _known_rows(entry: Known | None, at: int) -> int:
+    """How many leading elements along an axis of the values are known in every other element."""
+    if entry is None or entry.mask is None:
+        return 0
+    rows = entry.mask.movedim(at - 1, 0)
+    whole = rows.reshape(len(rows), -1).all(1)
+    return int(whole.long().cumprod(0).sum())
 
 
 def _known_row(row: Tensor, entry: Known | None, at: int, t: int, variable: Variable) -> Tensor:

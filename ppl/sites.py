@@ -15,7 +15,7 @@ from ppl.errors import DataError, ModelError, user_line
 from ppl.graph import Factor, Variable
 from ppl.plates import PlateHandle, plate_name, refuse_ragged
 from ppl.trace import Trace, active, closest, role_of
-from ppl.value import Value, is_traced
+from ppl.value import Value, is_traced, prototype
 
 
 def latent(name: str, dist: Any, *, shape: int | Sequence[int] = ()) -> Value:
@@ -264,13 +264,14 @@ def _declare_chain(
         )
     along = ordered[-1]
     refuse_ragged(trace, along, f"the chain '{name}'")
+    first = _at_first(trace, as_distribution(dist.init), along)
     inside, trace.open = trace.open, [p for p in trace.open if p != along]
     try:  # the first element stands outside the plate
-        initial, concrete = trace.law(as_distribution(dist.init))
+        initial, concrete = trace.law(first)
     finally:
         trace.open = inside
     event = _event_shape(name, concrete, shape)
-    variable = _variable(name, role, plates, event, as_distribution(dist.init), concrete)
+    variable = _variable(name, role, plates, event, first, concrete)
     element = _draw(trace, variable, concrete)
     previous = trace.add_node(
         "previous", element, (), plates=plates, name=name, index_of=variable.index_of
@@ -291,6 +292,20 @@ def _declare_chain(
         )
     )
     return value
+
+
+def _at_first(trace: Trace, law: Distribution, plate: str) -> Distribution:
+    """The law with what varies over an ordered plate taken at its first element."""
+
+    def at_first(value: Any) -> Any:
+        if not is_traced(value) or plate not in value.node.plates:
+            return value
+        trace.check_visible(value)
+        plates = tuple(p for p in value.node.plates if p != plate)
+        args = (trace.operand(value), 0)
+        return trace.add_node("pick", prototype(value), args, plates=plates, name=plate)
+
+    return law.replace([at_first(leaf.value) for leaf in law.leaves()])
 
 
 def _intervened(trace: Trace, name: str, dist: Distribution) -> Value:

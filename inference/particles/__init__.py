@@ -2,3 +2,7 @@
 
 Source: [Heap2025], [Bowyer2023].
 """
+
+from ppl.inference.particles.forms import LinearGaussian, Prior, Table, Tied, Tilted
+
+__all__ = ["LinearGaussian", "Prior", "Table", "Tied", "Tilted"]

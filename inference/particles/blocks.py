@@ -7,8 +7,9 @@ the whole plate; a finite discrete latent is enumerated.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,7 +19,20 @@ from torch.distributions.transforms import Transform
 from ppl.errors import ModelError, UnsupportedError, nearest
 from ppl.graph import Graph, Variable
 from ppl.inference.numerics.expfam import FAMILIES
+from ppl.inference.particles.forms import (
+    Asked,
+    Form,
+    GaussMarkov,
+    LinearGaussian,
+    Prior,
+    Table,
+    Tilted,
+    check_form,
+    read_forms,
+    read_latents,
+)
 from ppl.inference.particles.options import ParticleOptions
+from ppl.inference.particles.sharing import block_plates, is_enumerable, named_groups
 from ppl.manifolds import manifold_of
 from ppl.passes import upstream
 
@@ -41,7 +55,7 @@ class Member:
         """The latent's name."""
         return self.variable.name
 
-    @property
+    @cached_property
     def free_shape(self) -> tuple[int, ...]:
         """Event shape on the unconstrained scale."""
         shape = torch.Size(self.variable.event_shape)
@@ -51,7 +65,7 @@ class Member:
             else tuple(shape)
         )
 
-    @property
+    @cached_property
     def dims(self) -> int:
         """Unconstrained scalars of one block element."""
         return torch.Size((*self.sizes, *self.free_shape)).numel()
@@ -66,6 +80,9 @@ class Block:
     plates: tuple[str, ...]
     enumerated: bool = False
     chain: str | None = None  # ordered plate of a Markov latent
+    form: Form | None = None  # how it is proposed given other blocks
+    reads: tuple[str, ...] = ()  # latents of other blocks that its proposal is given
+    tied: tuple[str, ...] = ()  # plates whose elements share the proposal's parameters
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -73,11 +90,18 @@ class Block:
         return tuple(m.name for m in self.members)
 
     @property
+    def index(self) -> str:
+        """How a particle finds its parents."""
+        return self.form.index if self.form is not None else "permutation"
+
+    @cached_property
     def gaussian(self) -> tuple[Member, ...]:
         """Members that share the joint Gaussian."""
-        return tuple(m for m in self.members if m.family is None and not self.enumerated)
+        if self.enumerated or isinstance(self.form, (Prior, Tilted)):
+            return ()
+        return tuple(m for m in self.members if m.family is None)
 
-    @property
+    @cached_property
     def dims(self) -> int:
         """Scalars of the joint Gaussian."""
         return sum(m.dims for m in self.gaussian)
@@ -90,14 +114,13 @@ def make_blocks(graph: Graph, options: ParticleOptions) -> tuple[Block, ...]:
         UnsupportedError: a latent has no proposal.
         ModelError: ``groups`` or ``q`` name something that is not there, or group latents of different plates.
     """
-    latents = {v.name: v for v in graph.latents}
-    overrides = _overrides(options, latents)
+    asked = read_forms(options.q, graph)
     crossed = collapsed_plates(graph)
     members: dict[str, Member] = {}
     fixed: list[Block] = []
     for v in graph.latents:
         chain = graph.factors[v.name].chain if v.name in graph.factors else None
-        if _is_enumerable(v, options):
+        if v.name not in asked and is_enumerable(v, options.enumerate_up_to):
             member = Member(v, (), (), None)
             fixed.append(
                 Block(
@@ -109,32 +132,106 @@ def make_blocks(graph: Graph, options: ParticleOptions) -> tuple[Block, ...]:
                 )
             )
             continue
-        member = _member(graph, v, crossed.get(v.name, frozenset()), overrides.get(v.name))
+        member = _member(graph, v, crossed.get(v.name, frozenset()), asked.get(v.name))
         if chain:
             if member.collapsed:
                 raise UnsupportedError(
                     f"'{v.name}' is a Markov chain along '{chain[0]}', but a factor reads it across that plate. "
                     "Read the chain element by element."
                 )
-            fixed.append(Block(_axis([v.name]), (member,), v.plates, chain=chain[0]))
+            if v.name in asked and (asked[v.name].form or asked[v.name].tied):
+                raise UnsupportedError(
+                    f"q={{'{v.name}': ...}}: '{v.name}' is a Markov chain; its proposal has no other form. Leave it out of q."
+                )
+            joint = options.joint_chains and 0 < member.dims <= options.joint_up_to
+            form = GaussMarkov() if joint and not member.family else None
+            plates = block_plates(graph, member)
+            fixed.append(Block(_axis([v.name]), (member,), plates, chain=chain[0], form=form))
         else:
             members[v.name] = member
-    groups = _groups(graph, members, options)
-    blocks = [
-        Block(_axis(g), tuple(members[n] for n in g), _block_plates(graph, members[g[0]]))
-        for g in groups
-    ]
-    return tuple(blocks + fixed)
+    groups = named_groups(graph, members, options, asked)
+    blocks = [_block(graph, [members[n] for n in g], asked) for g in groups]
+    made = tuple(blocks + fixed)
+    check_order(graph, made)
+    return made
 
 
-def _is_enumerable(v: Variable, options: ParticleOptions) -> bool:
-    # A vector of discrete values would have cardinality^length combinations in one element: its entries are sampled.
-    return (
-        v.is_discrete
-        and v.cardinality is not None
-        and not v.event_shape
-        and v.cardinality <= options.enumerate_up_to
-    )
+def _block(graph: Graph, members: Sequence[Member], asked: Mapping[str, Asked]) -> Block:
+    names = tuple(m.name for m in members)
+    plates = block_plates(graph, members[0])
+    said = [asked.get(n) for n in names]
+    forms = {(a.form, a.tied) if a else (None, None) for a in said}
+    if len(forms) > 1:
+        raise ModelError(
+            f"q=...: {', '.join(names)} share a particle index, so they have one form. Name them together: q={{{names}: ...}}."
+        )
+    form, tied = forms.pop()
+    reads = read_latents(form, graph, names)
+    if form is not None:
+        check_form(form, graph, tuple(m.variable for m in members), reads)
+        inside = [n for n in reads if n in names]
+        if inside:
+            raise ModelError(
+                f"q=...: the proposal of {', '.join(names)} reads '{inside[0]}', which lies in the same block. "
+                "Give each a block of its own."
+            )
+    over = () if tied is None else (tied.over or plates)
+    over = (over,) if isinstance(over, str) else tuple(over)
+    stray = [p for p in over if p not in plates]
+    if stray or (tied is not None and not plates):
+        raise ModelError(
+            f"q=...: Tied over {stray or 'nothing'}: {', '.join(names)} lie in plates {list(plates)}."
+        )
+    return Block(_axis(names), tuple(members), plates, form=form, reads=reads, tied=over)
+
+
+def check_order(graph: Graph, blocks: Sequence[Block]) -> tuple[Block, ...]:
+    """The blocks with every one behind those that its proposal reads.
+
+    Raises:
+        ModelError: proposals read each other in a circle, or across plates.
+    """
+    home = {n: b for b in blocks for n in b.names}
+    ordered: list[Block] = []
+    waiting = list(blocks)
+    while waiting:
+        ready = [b for b in waiting if not any(home[n] in waiting for n in b.reads)]
+        if not ready:
+            circle = " and ".join("+".join(b.names) for b in waiting if b.reads)
+            raise ModelError(
+                f"q=...: proposals read each other in a circle: {circle}. Leave one of them without given=..."
+            )
+        ordered += ready
+        waiting = [b for b in waiting if b not in ready]
+    for block in blocks:
+        above = graph.closure(block.plates)
+        for name in block.reads:
+            if not set(home[name].plates) <= above:
+                raise ModelError(
+                    f"q=...: the proposal of {', '.join(block.names)} (plates {list(block.plates)}) reads '{name}', which lies "
+                    f"in plates {list(home[name].plates)}. A proposal reads latents of its own plates or of outer ones."
+                )
+        _check_parents(graph, block, [b for b in blocks if set(b.names) & set(block.reads)])
+    return tuple(ordered)
+
+
+def _check_parents(graph: Graph, block: Block, parents: Sequence[Block]) -> None:
+    """Refuse parents whose joint weights cannot be had."""
+    if not isinstance(block.form, (LinearGaussian, Tilted)):
+        return
+    if isinstance(block.form, Tilted) and len(parents) > 2:
+        raise ModelError(
+            f"q=...: the tilted law of {', '.join(block.names)} has parents in {len(parents)} blocks "
+            f"({', '.join('+'.join(p.names) for p in parents)}), two are possible. Group them: groups=[...], or use Prior."
+        )
+    for a in parents:
+        for b in parents:
+            above, below = graph.closure(a.plates), graph.closure(b.plates)
+            if not (above <= below or below <= above):
+                raise ModelError(
+                    f"q=...: the proposal of {', '.join(block.names)} reads {', '.join(a.names)} (plates {list(a.plates)}) and "
+                    f"{', '.join(b.names)} (plates {list(b.plates)}), which cross. Give it one of them."
+                )
 
 
 def merge_blocks(blocks: Sequence[Block], groups: Sequence[Sequence[str]]) -> tuple[Block, ...]:
@@ -171,13 +268,22 @@ def collapsed_plates(graph: Graph) -> dict[str, frozenset[str]]:
     return {name: frozenset(plates) for name, plates in found.items() if plates}
 
 
-def _member(graph: Graph, v: Variable, crossed: frozenset[str], override: Any) -> Member:
+def _member(graph: Graph, v: Variable, crossed: frozenset[str], asked: Asked | None) -> Member:
     collapsed = tuple(p for p in v.plates if p in crossed)
     sizes = tuple(graph.plates[p].size or 2 for p in collapsed)
+    form = asked.form if asked else None
+    if isinstance(form, (Prior, Tilted, Table)) and collapsed:
+        raise UnsupportedError(
+            f"q={{'{v.name}': {type(form).__name__}(...)}}: '{v.name}' is read across its plate {list(collapsed)}, so all of "
+            "that plate shares one particle. Use LinearGaussian, or no form."
+        )
+    if isinstance(form, (Prior, Tilted)):
+        return Member(v, collapsed, sizes, None)
+    override = asked.family if asked else None
     family, start = _family(
         v, _law_family(graph, v) if override is None and v.is_discrete else override
     )
-    transform = None if family else _transform(v)
+    transform = None if family else transform_of(v)
     return Member(v, collapsed, sizes, transform, family, start)
 
 
@@ -188,11 +294,16 @@ def _law_family(graph: Graph, v: Variable) -> str | None:
     return name if name in ("Bernoulli", "Categorical", "Poisson", "Geometric") else None
 
 
-def _transform(v: Variable) -> Transform | None:
+def transform_of(v: Variable) -> Transform | None:
+    """The map from the real line to a latent's support; None where it is the identity.
+
+    Raises:
+        UnsupportedError: there is none; the message says why and what helps.
+    """
     if v.is_discrete:
         raise UnsupportedError(
             f"'{v.name}': a discrete latent without a finite set of values needs a proposal. "
-            f"Name one: q={{'{v.name}': 'Poisson'}}."
+            f"Name one: q={{'{v.name}': 'Poisson'}}, or q={{'{v.name}': Prior()}} for its own law."
         )
     if v.support is constraints.dependent:
         raise UnsupportedError(
@@ -235,89 +346,6 @@ def _family(v: Variable, override: Any) -> tuple[str | None, Any]:
             f"Families: {', '.join(FAMILIES)}."
         )
     return name, start
-
-
-def _overrides(options: ParticleOptions, latents: Mapping[str, Variable]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in (options.q or {}).items():
-        for name in key if isinstance(key, tuple) else (key,):
-            _check_name("q", name, latents)
-            found[name] = value
-    return found
-
-
-def _check_name(option: str, name: str, latents: Iterable[str]) -> None:
-    if name not in latents:
-        raise ModelError(
-            f"{option}=... names '{name}', which is not a latent of the model.{nearest(name, latents)} "
-            f"Latents: {', '.join(latents)}."
-        )
-
-
-def _groups(
-    graph: Graph, members: Mapping[str, Member], options: ParticleOptions
-) -> list[list[str]]:
-    asked = [] if isinstance(options.groups, str) else [list(g) for g in options.groups]
-    asked += [list(key) for key in (options.q or {}) if isinstance(key, tuple)]
-    named: set[str] = set()
-    for group in asked:
-        for name in group:
-            _check_name("groups", name, [v.name for v in graph.latents])
-            if name not in members:
-                raise ModelError(
-                    f"groups=...: '{name}' is enumerated or a chain and has an index of its own."
-                )
-            if name in named:
-                raise ModelError(f"groups=...: '{name}' stands in two groups.")
-            named.add(name)
-        contexts = {_block_plates(graph, members[n]) for n in group}
-        if len(contexts) > 1:
-            raise ModelError(
-                f"groups=...: {group} lie in different plates {sorted(contexts)}. Group latents of one plate."
-            )
-    free = [n for n in members if n not in named]
-    return [sorted(g, key=list(members).index) for g in asked] + _automatic(
-        graph, members, free, options
-    )
-
-
-def _automatic(
-    graph: Graph, members: Mapping[str, Member], free: Sequence[str], options: ParticleOptions
-) -> list[list[str]]:
-    """Merge latents of one context that meet in a factor while the joint Gaussian stays small."""
-    groups = [[n] for n in free]
-    limit = max(options.joint_up_to, 1)
-    for scope in _meetings(graph, options):
-        for a in scope:
-            for b in scope:
-                left, right = _find(groups, a), _find(groups, b)
-                if left is None or right is None or left is right:
-                    continue
-                same = _block_plates(graph, members[left[0]]) == _block_plates(
-                    graph, members[right[0]]
-                )
-                if same and sum(members[n].dims for n in left + right) <= limit:
-                    left.extend(right)
-                    groups.remove(right)
-    return [sorted(g, key=list(members).index) for g in groups]
-
-
-def _meetings(graph: Graph, options: ParticleOptions) -> list[tuple[str, ...]]:
-    """Scopes of the factors, and of all factors around an enumerated latent together: it is summed out of their product."""
-    scopes = [f.scope for f in graph.densities]
-    for v in graph.latents:
-        if _is_enumerable(v, options):
-            around = [n for s in scopes if v.name in s for n in s]
-            scopes = [*scopes, tuple(dict.fromkeys(around))]
-    return scopes
-
-
-def _find(groups: list[list[str]], name: str) -> list[str] | None:
-    return next((g for g in groups if name in g), None)
-
-
-def _block_plates(graph: Graph, member: Member) -> tuple[str, ...]:
-    return graph.maximal(frozenset(member.variable.plates) - set(member.collapsed))
 
 
 def _axis(names: Sequence[str]) -> str:

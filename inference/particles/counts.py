@@ -15,6 +15,7 @@ from ppl.inference.particles.options import ParticleOptions
 from ppl.inference.particles.weighting import (
     DEFAULT_MEMORY,
     Weighting,
+    itemsize,
     lower_bound,
     plan_of,
     values_of,
@@ -23,6 +24,7 @@ from ppl.inference.particles.weighting import (
 _COMFORTABLE = (
     200_000  # entries of the largest array up to which more particles cost next to nothing
 )
+_PER_SCALAR = 12  # particles of a block outside plates, which costs little, for each of its scalars
 _AMPLE = 4_000_000  # entries of the largest array of the last weighting
 _COUNTS = (
     2000,
@@ -57,10 +59,12 @@ def particle_counts(
         sizes = {}
         for b in blocks:
             own = [named[n] for n in b.names if n in named]
-            sizes[b.axis] = values_of(b) if b.enumerated else own[0] if own else default or count
-        if default is not None or largest(bound, blocks, sizes) <= _COMFORTABLE * (
-            1 if count > 30 else 20
-        ):
+            usual = count if b.plates else max(count, min(_PER_SCALAR * b.dims, 1000))
+            sizes[b.axis] = values_of(b) if b.enumerated else own[0] if own else default or usual
+        limit = _COMFORTABLE * (1 if count > 30 else 20)
+        if settings.memory is not None:
+            limit = min(limit, settings.memory // itemsize(bound.dtype))
+        if default is not None or largest(bound, blocks, sizes) <= limit:
             return sizes
     return sizes
 
@@ -76,7 +80,8 @@ def final_counts(
     blocks = weighting.blocks
     budget = min(_AMPLE, (memory or DEFAULT_MEMORY) // 64)
     for count in (options.final_particles,) if options.final_particles else _COUNTS:
-        inner = count if options.final_particles else min(4 * count, _COUNTS[0])
+        many = max((b.dims for b in blocks if not b.plates), default=0) > options.joint_up_to
+        inner = count if options.final_particles or many else min(4 * count, _COUNTS[0])
         sizes = {
             b.axis: values_of(b) if b.enumerated else inner if b.plates else count for b in blocks
         }
@@ -101,4 +106,15 @@ def largest(bound: Bound, blocks: Sequence[Block], sizes: Mapping[str, int]) -> 
         torch.Size(size_of.get(a, size_of.get(a.rstrip("'"), 1)) for a in t.axes).numel()
         for t in made.terms
     ]
-    return max([plan.largest[1], *factors])
+    return max([plan.largest[1], *factors, *_mixtures(bound, blocks, sizes)])
+
+
+def _mixtures(bound: Bound, blocks: Sequence[Block], sizes: Mapping[str, int]) -> list[int]:
+    """Densities of the proposals that are mixtures over other blocks' particles: plates, own and parents' particles."""
+    found = []
+    for block in blocks:
+        parents = [b for b in blocks if set(b.names) & set(block.reads)]
+        counts = (sizes[b.axis] for b in (block, *parents))
+        if parents:
+            found.append(torch.Size((*(bound.size(p) for p in block.plates), *counts)).numel())
+    return found

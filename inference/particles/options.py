@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from ppl.errors import ModelError
 
-Groups = Literal["auto"] | Sequence[Sequence[str]]
+_OUTSIDE = 8
+Groups = Literal["auto", "correlation"] | Sequence[Sequence[str]]
+Start = Literal["prior", "standard", "laplace", "gbp"]
+
+CHEAP = ("laplace", "gbp")  # methods whose result can be the start
 
 
 @dataclass(frozen=True)
@@ -17,41 +21,67 @@ class ParticleOptions:
 
     Args:
         particles: of every block, or of the blocks that hold these latents; chosen from the size of the model by default.
-        groups: latents that share one particle index; latents that are not named are grouped automatically.
-        q: family of a latent's proposal (``"Gamma"``, a class, or a law with start values), or of a tuple of latents
-            (``MultivariateNormal``: one joint block).
-        start: moments of the ``"prior"``, or ``"standard"`` Normals on the unconstrained scale.
-        joint_up_to: largest number of scalars in a block with a joint Gaussian; 0 gives products of scalars.
+            ``"auto"``: after a pilot, more for blocks with few effective particles, at the same size of the largest array.
+        groups: latents that share one particle index; latents that are not named are grouped automatically, where they meet
+            in a factor and, where they are more scalars than ``joint_up_to``, by their posterior correlation in a pilot run.
+            ``"correlation"``: always after a pilot.
+        q: how a latent is proposed, or a tuple of latents as one block: a family (``"Gamma"``, a class, or a law with start
+            values; ``MultivariateNormal`` for a joint block), or a form of ``ppl.inference.particles``: ``Prior()`` (its own
+            law), ``Tilted()`` (its own law, tilted towards the posterior), ``LinearGaussian(given=...)``,
+            ``Table(given=...)`` for a discrete parent, ``Tied(...)`` (one proposal for a whole plate). A discrete latent
+            that is named here is sampled, not enumerated.
+        start: moments of the ``"prior"``, ``"standard"`` Normals on the unconstrained scale, or the result of another method
+            that fits the model cheaply, ``"laplace"`` or ``"gbp"``.
+        joint_up_to: largest number of scalars in a block with a joint Gaussian, within plates; eight times as many outside
+            all plates. 0 gives products of scalars.
         enumerate_up_to: largest number of values of a discrete latent that is summed exactly.
         final_particles: of the last weighting; chosen from the size of the model by default.
         tails: degrees of freedom of the Student-t proposal of the last weighting; infinite for a Gaussian.
+        chains: sum over the states of a Markov latent one step after the other (``"scan"``) or by products of pairs of steps
+            (``"tree"``: more work, depth log2 T); ``"auto"`` takes the tree for few states and on CUDA.
         replicates: of the last weighting; their spread is the standard error of the log evidence. At least 8 by default,
             more where few particles fit into one.
     """
 
-    particles: int | Mapping[str, int] | None = None
+    # Whether a Markov chain is proposed as a whole path; a method that moves its proposals otherwise says no.
+    joint_chains: ClassVar[bool] = True
+
+    particles: int | Mapping[str, int] | Literal["auto"] | None = None
     groups: Groups = "auto"
     q: Mapping[Any, Any] | None = None
-    start: Literal["prior", "standard"] = "prior"
+    start: Start = "prior"
     joint_up_to: int = 12
     enumerate_up_to: int = 64
     final_particles: int | None = None
     tails: float = 5.0
     replicates: int | None = None
+    chains: Literal["auto", "scan", "tree"] = "auto"
+
+    def joint_limit(self, plates: Sequence[str]) -> int:
+        """Largest number of scalars of a joint Gaussian in these plates; outside all plates one costs next to nothing."""
+        return max(self.joint_up_to, 0) * (1 if plates else _OUTSIDE)
 
     def __post_init__(self) -> None:
         name = type(self).__name__
         counts = (
             self.particles.values() if isinstance(self.particles, Mapping) else [self.particles]
         )
-        for count in counts:
+        for count in counts if self.particles != "auto" else ():
             if count is not None and (not isinstance(count, int) or count < 1):
                 raise ModelError(
                     f"{name}(particles=...): expected whole numbers of at least 1, got {count!r}."
                 )
-        if self.start not in ("prior", "standard"):
+        if self.start not in get_args(Start):
             raise ModelError(
-                f"{name}(start=...): expected 'prior' or 'standard', got {self.start!r}."
+                f"{name}(start=...): expected one of {', '.join(get_args(Start))}, got {self.start!r}."
+            )
+        if isinstance(self.groups, str) and self.groups not in ("auto", "correlation"):
+            raise ModelError(
+                f"{name}(groups=...): expected 'auto', 'correlation' or groups of latents, got {self.groups!r}."
+            )
+        if self.chains not in ("auto", "scan", "tree"):
+            raise ModelError(
+                f"{name}(chains=...): expected 'auto', 'scan' or 'tree', got {self.chains!r}."
             )
         if self.replicates is not None and self.replicates < 1:
             raise ModelError(

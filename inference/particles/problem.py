@@ -9,15 +9,16 @@ from typing import Any
 import torch
 
 from ppl.backend import Reason, Settings
+from ppl.batches import batches_of
 from ppl.binding import Bound
 from ppl.errors import UnsupportedError
 from ppl.graph import Graph
 from ppl.inference.contract import suggest_groups
 from ppl.inference.particles.blocks import Block, make_blocks, merge_blocks
 from ppl.inference.particles.counts import particle_counts
+from ppl.inference.particles.memory import Largest, default_memory, factor_arrays
 from ppl.inference.particles.options import ParticleOptions
 from ppl.inference.particles.weighting import (
-    DEFAULT_MEMORY,
     Weighting,
     dummy_plates,
     itemsize,
@@ -37,6 +38,7 @@ class Problem:
     settings: Settings
     weighting: Weighting
     max_iters: int
+    whole: Problem | None = None  # that of all elements, where this process holds some of them
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -55,7 +57,9 @@ def supports(graph: Graph) -> list[Reason]:
             )
         ]
     try:
-        blocks = make_blocks(graph, ParticleOptions())
+        # A count without a bound needs a proposal by name, which a graph does not show: preparing the fit asks for it.
+        counts = [v.name for v in graph.latents if v.is_discrete and v.cardinality is None]
+        blocks = make_blocks(graph, ParticleOptions(q=dict.fromkeys(counts, "Poisson")))
         sizes = {b.axis: 2 for b in blocks}
         plan_of(lower(graph, blocks, sizes, 0, dummy_plates(graph), torch.float64, "cpu", ()), None)
     except UnsupportedError as error:
@@ -71,13 +75,15 @@ def prepare_particles(
     Raises:
         UnsupportedError: the plan does not fit the memory budget, or an option of ``infer`` is not supported.
     """
-    if settings.minibatch is not None:
-        raise UnsupportedError("minibatch= is not supported in this version. Leave it out.")
+    batches = batches_of(bound, settings.minibatch, settings.streams)
     blocks = make_blocks(bound.graph, options)
     restarts = settings.restarts if settings.restarts > 1 else 0
-    sizes = particle_counts(bound, blocks, options, settings)
+    seen = bound if batches is None else bound.narrowed(batches.part(0).rows)
+    sizes = particle_counts(seen, blocks, options, settings)
     try:
-        weighting = make_weighting(bound, blocks, sizes, restarts, settings.memory)
+        weighting = make_weighting(
+            bound, blocks, sizes, restarts, settings.memory, options.chains
+        )
     except UnsupportedError:
         if not isinstance(options.groups, str):
             raise
@@ -93,7 +99,7 @@ def _grouped(
     memory: int | None,
 ) -> Weighting:
     """The same with blocks merged until the largest array fits the budget; no split of a plate was enough."""
-    budget = memory or DEFAULT_MEMORY
+    budget = memory or default_memory(bound.device)
     made = lower_bound(bound, blocks, sizes, restarts)
     groups = suggest_groups(
         [t.axes for t in made.terms],
@@ -119,5 +125,8 @@ def describe(bound: Bound, options: ParticleOptions, settings: Settings) -> str:
     text = ", ".join(
         f"{'+'.join(b.names)} ({'all' if b.enumerated else sizes[b.axis]})" for b in blocks
     )
-    _, elements, size = plan.largest
-    return f"particles of {text}; largest array {elements} entries, {size / 2**20:.1f} MiB"
+    arrays = factor_arrays(bound, blocks, weighting.terms, sizes)
+    axes, elements, size = plan.largest
+    most = max([*arrays, Largest("a sum of factors", axes, elements, size)], key=lambda a: a.bytes)
+    parts = f", plate {plan.split} in {len(plan.parts)} parts" if plan.split else ""
+    return f"particles of {text}; largest array: {most}{parts}"

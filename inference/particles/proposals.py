@@ -8,19 +8,21 @@ loses no digits (section 8 of the specification; [Heap2025] averages raw moments
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ppl import distributions
 from ppl.errors import ModelError
 from ppl.inference.numerics.expfam import FAMILIES
-from ppl.inference.numerics.linalg import safe_cholesky, weighted_moments
+from ppl.inference.numerics.linalg import safe_cholesky
 from ppl.inference.particles.blocks import Block, Member
 from ppl.streams import Streams
 
+_HEAVY = 12  # scalars up to which a common Student-t tail loses little
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
@@ -45,7 +47,10 @@ class Proposal(NamedTuple):
     """State of a block: its joint Gaussian, and the mean parameters of members with a family of their own."""
 
     joint: Joint | None
-    families: dict[str, tuple[Tensor, ...]]
+    families: dict[str, tuple[Tensor, ...]]  # of a tilted law: the tilt of its natural parameters
+    mass: Tensor | None = (
+        None  # of a table, [*restart, *plates, values]: posterior share of each value
+    )
 
 
 class Particles(NamedTuple):
@@ -73,9 +78,11 @@ def draw(
     log_q: Tensor | float = 0.0
     free = None
     if state.joint is not None:
+        tails = tails if block.dims <= _HEAVY else math.inf
         free, log_q = _draw_joint(state.joint, k, streams.of(block.axis), tails)
         values, log_jacobian = to_values(block, free)
-        log_q = log_q - log_jacobian
+        if isinstance(log_jacobian, Tensor):
+            log_q = log_q - log_jacobian
     for member in block.members:
         if member.family is not None:
             values[member.name], density = _draw_family(
@@ -90,21 +97,23 @@ def _draw_joint(
     joint: Joint, k: int, generator: torch.Generator, tails: float
 ) -> tuple[Tensor, Tensor]:
     mean, cov = joint
-    noise = _noise((*mean.shape[:-1], k, mean.shape[-1]), mean, generator, tails)
+    noise = draw_noise((*mean.shape[:-1], k, mean.shape[-1]), mean, generator, tails)
     if joint.is_full:
         chol = safe_cholesky(cov)
-        spread = noise @ chol.mT
+        free = mean.unsqueeze(-2) + noise @ chol.mT
         log_det = chol.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     else:
         sd = cov.sqrt()
-        spread = noise * sd.unsqueeze(-2)
+        free = torch.addcmul(mean.unsqueeze(-2), noise, sd.unsqueeze(-2))
         log_det = sd.log().sum(-1)
-    return mean.unsqueeze(-2) + spread, _log_standard(noise, tails) - log_det.unsqueeze(-1)
+    density = log_standard(noise.square().sum(-1), noise.shape[-1], tails)
+    return free, density - log_det.unsqueeze(-1)
 
 
-def _noise(
+def draw_noise(
     shape: tuple[int, ...], like: Tensor, generator: torch.Generator, tails: float
 ) -> Tensor:
+    """Spherical Gaussian or Student-t noise ``[..., D]``."""
     noise = torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
     if math.isinf(tails):
         return noise
@@ -112,11 +121,10 @@ def _noise(
     return noise * (half / torch._standard_gamma(half, generator=generator)).sqrt()
 
 
-def _log_standard(noise: Tensor, tails: float) -> Tensor:
-    """Log-density of spherical Gaussian or Student-t noise ``[..., D]``."""
-    dims, squares = noise.shape[-1], noise.square().sum(-1)
+def log_standard(squares: Tensor, dims: int, tails: float) -> Tensor:
+    """Log-density of spherical Gaussian or Student-t noise with ``dims`` entries, from the sum of its squares ``[...]``."""
     if math.isinf(tails):
-        return -0.5 * squares - dims * _HALF_LOG_2PI
+        return torch.rsub(squares, -dims * _HALF_LOG_2PI, alpha=0.5)
     constant = (
         math.lgamma((tails + dims) / 2)
         - math.lgamma(tails / 2)
@@ -133,7 +141,8 @@ def to_values(block: Block, free: Tensor) -> tuple[dict[str, Tensor], Tensor | f
     for member in block.gaussian:
         part = free[..., start : start + member.dims]
         start += member.dims
-        part = part.reshape(*free.shape[:-1], *member.sizes, *member.free_shape)
+        shape = (*free.shape[:-1], *member.sizes, *member.free_shape)
+        part = part if part.shape == shape else part.reshape(shape)
         if member.transform is None:
             values[member.name] = part
             continue
@@ -154,71 +163,14 @@ def to_free(block: Block, values: Mapping[str, Tensor], lead: int) -> Tensor:
     return torch.cat(parts, -1)
 
 
-def update(
-    block: Block,
-    state: Proposal,
-    particles: Particles,
-    weights: Tensor,
-    step: float,
-    corrected: bool,
-) -> Proposal:
-    """Average the moments of the weighted particles into the proposal.
-
-    Elements whose weights are not finite keep what they had.
-
-    Args:
-        block: whose proposal it is.
-        state: before.
-        particles: ``K`` draws.
-        weights: ``[*restart, *plates, K]``, sums to one over ``K``.
-        step: share of the new moments.
-        corrected: divide variances by ``1 - sum(w^2)``, the bias of self-normalised weights.
-    """
-    usable = weights.isfinite().all(-1)
-    safe = torch.where(usable.unsqueeze(-1), weights, 1.0 / weights.shape[-1])
-    joint = state.joint
-    if joint is not None and particles.free is not None:
-        joint = _update_joint(joint, particles.free, safe, step, corrected, usable)
-    families = {}
-    for member in block.members:
-        if member.family is not None:
-            old = state.families[member.name]
-            families[member.name] = _update_family(
-                member, old, particles.values[member.name], safe, step
-            )
-    return Proposal(joint, families)
+def expanded(state: Proposal, shape: tuple[int, ...]) -> Proposal:
+    """The proposal with tied plates written out: every tensor ``[*shape, ...]``."""
+    return over_tensors(lambda t: t.expand(*shape, *t.shape[len(shape) :]), state)
 
 
-def _update_joint(
-    joint: Joint, free: Tensor, weights: Tensor, step: float, corrected: bool, usable: Tensor
-) -> Joint:
-    if joint.is_full:
-        mean, cov = weighted_moments(free, weights)
-    else:
-        w = weights.unsqueeze(-1)
-        mean = (w * free).sum(-2)
-        cov = (w * (free - mean.unsqueeze(-2)).square()).sum(-2)
-    if corrected:
-        share = (1 - weights.square().sum(-1)).clamp(min=1 / 3)
-        cov = cov / share.reshape(*share.shape, *(1,) * (cov.ndim - share.ndim))
-    apart = mean - joint.mean
-    outer = apart.unsqueeze(-1) * apart.unsqueeze(-2) if joint.is_full else apart.square()
-    new_mean = joint.mean + step * apart
-    new_cov = (1 - step) * joint.cov + step * cov + step * (1 - step) * outer
-    new_cov = _floored(new_cov, joint)
-    keep = usable.reshape(*usable.shape, *(1,) * (joint.mean.ndim - usable.ndim))
-    new_mean = torch.where(keep, new_mean, joint.mean)
-    keep = usable.reshape(*usable.shape, *(1,) * (joint.cov.ndim - usable.ndim))
-    return Joint(new_mean, torch.where(keep, new_cov, joint.cov))
-
-
-def _floored(cov: Tensor, before: Joint) -> Tensor:
-    # A variance may shrink by at most a factor of 100 in a step: a single surviving particle must not make it zero.
-    if not before.is_full:
-        return torch.maximum(cov, 0.01 * before.cov)
-    least = 0.01 * before.cov.diagonal(dim1=-2, dim2=-1)
-    lack = (least - cov.diagonal(dim1=-2, dim2=-1)).clamp(min=0)
-    return cov + torch.diag_embed(lack)
+def over_tensors(change: Callable[[Tensor], Tensor], state: Proposal) -> Proposal:
+    """The proposal with every tensor changed."""
+    return tree_map(lambda t: change(t) if isinstance(t, Tensor) else t, state)
 
 
 def fixed_arguments(member: Member) -> dict[str, Tensor | int]:
@@ -255,17 +207,3 @@ def _draw_family(
     value = law.sample(batch, generator=streams.of(member.name)).to(mean[0].dtype)
     density = law.log_prob(value)
     return value, density.reshape(*density.shape[: lead + 1], -1).sum(-1)
-
-
-def _update_family(
-    member: Member, old: tuple[Tensor, ...], values: Tensor, weights: Tensor, step: float
-) -> tuple[Tensor, ...]:
-    family = FAMILIES[member.family or ""]
-    dim = weights.ndim - 1
-    spread = weights.reshape(
-        *weights.shape, *(1,) * (values.ndim - family.event_dim - weights.ndim)
-    )
-    spread = spread.expand(values.shape[: values.ndim - family.event_dim])
-    return family.average(
-        old, family.weighted_mean(values, spread, dim=dim, **fixed_arguments(member)), step
-    )

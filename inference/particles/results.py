@@ -7,12 +7,13 @@ improve with their number; their spread is the standard error.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ppl import marginals as mg
 from ppl.backend import Settings
@@ -21,12 +22,27 @@ from ppl.errors import NumericalError, UnsupportedError
 from ppl.inference.particles.approximation import Approximation, Learned, param_value
 from ppl.inference.particles.blocks import Block, Member, make_blocks
 from ppl.inference.particles.counts import final_counts, particle_counts, replicate_count
-from ppl.inference.particles.estep import draw_all, evaluated, weigh
+from ppl.inference.particles.estep import (
+    Weights,
+    draw_all,
+    draw_in_parts,
+    draws_in_parts,
+    evaluated,
+    weigh,
+)
+from ppl.inference.particles.large import (
+    REPLICATES,
+    Running,
+    in_variable_order,
+    picked_in_parts,
+)
+from ppl.inference.particles.memory import point_bytes
 from ppl.inference.particles.options import ParticleOptions
 from ppl.inference.particles.problem import Problem
-from ppl.inference.particles.proposals import Joint, Particles, Proposal, to_free
-from ppl.inference.particles.start import first_approximation, laid_out
-from ppl.inference.particles.weighting import Weighting, make_weighting
+from ppl.inference.particles.proposals import Particles, Proposal, over_tensors
+from ppl.inference.particles.shards import PartDraws, inner_blocks
+from ppl.inference.particles.start import first_approximation, fitted
+from ppl.inference.particles.weighting import DEFAULT_MEMORY, Weighting, make_weighting
 from ppl.marginals import Marginal
 from ppl.posterior import Evidence, Posterior
 from ppl.streams import Streams
@@ -35,7 +51,7 @@ from ppl.streams import Streams
 class Replicate(NamedTuple):
     """One weighting: its particles, and what they weigh."""
 
-    particles: dict[str, Particles]
+    particles: Mapping[str, Particles]
     log_z: Tensor  # []
     marginals: dict[str, Tensor]  # axis -> [*plates, K]
 
@@ -44,20 +60,28 @@ def posterior(
     problem: Problem, q: Approximation, method: str, iterations: int, warnings: tuple[str, ...] = ()
 ) -> Posterior:
     """Weigh fresh particles and collect the results."""
-    chosen, agreement = _best_restart(problem, q)
+    chosen, agreement, means = _best_restart(problem, q)
     counts = final_counts(problem.weighting, problem.options, problem.settings.memory)
-    weighting = make_weighting(problem.bound, problem.blocks, counts, 0, problem.settings.memory)
+    weighting = make_weighting(
+        problem.bound,
+        problem.blocks,
+        counts,
+        0,
+        problem.settings.memory,
+        problem.options.chains,
+    )
     number = replicate_count(
         problem.options, [counts[b.axis] for b in problem.blocks if not b.enumerated]
     )
-    replicates = [_replicate(problem, weighting, chosen, i) for i in range(number)]
+    number, running = _kept(problem, weighting, number)
+    replicates = [_replicate(problem, weighting, chosen, i, running) for i in range(number)]
     log_z = torch.stack([r.log_z for r in replicates])
     if bool(log_z.isnan().any()) or not bool(log_z.isfinite().any()):
         raise NumericalError(
             f"{method}, last weighting: no particle has a finite weight. Run longer, or with more particles."
         )
     shares = log_z.softmax(0)
-    marginals = _marginals(weighting, replicates, shares)
+    marginals = _marginals(weighting, replicates, shares, running)
     params = {
         n: param_value(problem.bound.graph.variables[n], p.free) for n, p in chosen.params.items()
     }
@@ -67,11 +91,27 @@ def posterior(
         method=method,
         sampler=_sampler(problem, weighting, chosen, replicates, shares),
         log_evidence=_evidence(log_z),
-        diagnostics=_diagnostics(weighting, marginals, agreement, iterations, warnings),
+        diagnostics=_diagnostics(weighting, marginals, agreement, iterations, warnings, running),
         params=params,
         seed=problem.settings.streams.seed,
     )
+    result.restart_means = means
     return result
+
+
+def check_last(problem: Problem) -> None:
+    """Refuse particles of the last weighting that do not fit, before the first iteration.
+
+    Raises:
+        UnsupportedError: with the largest array and the remedy.
+    """
+    counts = final_counts(problem.weighting, problem.options, problem.settings.memory)
+    try:
+        make_weighting(problem.bound, problem.blocks, counts, 0, problem.settings.memory)
+    except UnsupportedError as error:
+        raise UnsupportedError(
+            f"the last weighting, with final_particles={problem.options.final_particles}: {error}"
+        ) from None
 
 
 def reweight(source: Posterior, particles: int, streams: Streams) -> Posterior:
@@ -87,7 +127,7 @@ def reweight(source: Posterior, particles: int, streams: Streams) -> Posterior:
     weighting = make_weighting(bound, blocks, sizes, 0, None)
     problem = Problem(bound, options, settings, weighting, 1)
     draws = source.samples(4000, seed=streams.seed)
-    proposals = {b.axis: _fitted(problem, b, draws) for b in blocks if not b.enumerated}
+    proposals = {b.axis: fitted(problem, b, draws) for b in blocks if not b.enumerated}
     start = first_approximation(replace(problem, options=replace(options, start="standard")))
     result = posterior(problem, start._replace(proposals=proposals), "qem", 0)
     result.model, result.why = source.model, f"reweighted from {source.method}"
@@ -95,61 +135,86 @@ def reweight(source: Posterior, particles: int, streams: Streams) -> Posterior:
     return result
 
 
-def _fitted(problem: Problem, block: Block, draws: Mapping[str, Tensor]) -> Proposal:
-    if any(m.family for m in block.members):
-        raise UnsupportedError(
-            f"reweight: {block.names} have proposals of their own families; fit them with method='qem'."
-        )
-    laid = {m.name: laid_out(m.variable, block, m, draws[m.name]) for m in block.gaussian}
-    free = to_free(block, laid, 1 + len(block.plates))
-    mean = free.mean(0)
-    apart = free - mean
-    if block.dims <= 4 * problem.options.joint_up_to:
-        cov = torch.einsum("n...i,n...j->...ij", apart, apart) / len(free)
-        cov = cov + 1e-10 * torch.diag_embed(cov.diagonal(dim1=-2, dim2=-1))
-    else:
-        cov = apart.square().mean(0)
-    return Proposal(Joint(mean, cov), {})
+def _kept(problem: Problem, weighting: Weighting, number: int) -> tuple[int, Running | None]:
+    """Replicates that there is room for, and what sums them up where their particles are too many to keep."""
+    points = point_bytes(weighting.bound, weighting.blocks, weighting.sizes)
+    room = (problem.settings.memory or DEFAULT_MEMORY) // 4 // max(points, 1)
+    if room >= number:
+        return number, None
+    if problem.options.replicates is None:
+        number = min(number, max(room, REPLICATES))
+    if room >= number or not draws_in_parts(weighting):
+        return number, None
+    return number, Running(weighting, inner_blocks(weighting))
 
 
-def _replicate(problem: Problem, weighting: Weighting, q: Approximation, number: int) -> Replicate:
+def _replicate(
+    problem: Problem, weighting: Weighting, q: Approximation, number: int, running: Running | None
+) -> Replicate:
     streams = problem.settings.streams.child(f"replicate {number}")
+    draw = draw_all if running is None else draw_in_parts
     with torch.no_grad():
-        particles = draw_all(weighting, q, streams, problem.options.tails)
+        particles = draw(weighting, q, streams, problem.options.tails)
         here = evaluated(problem, weighting, particles, q)
-    weights = weigh(here, last=True)
-    return Replicate(
-        particles, weights.log_z.detach(), {a: w.detach() for a, w in weights.marginals.items()}
-    )
+    weights = weigh(here, last=True, pairs=())
+    log_z = weights.log_z.detach()
+    marginals = {a: w.detach() for a, w in weights.marginals.items()}
+    if running is not None:
+        running.add(particles, log_z, marginals)
+        marginals = {a: w for a, w in marginals.items() if a not in running.squares}
+    return Replicate(particles, log_z, marginals)
 
 
-def _best_restart(problem: Problem, q: Approximation) -> tuple[Approximation, str]:
-    """The restart with the highest evidence, and how far the others agree."""
+def _best_restart(
+    problem: Problem, q: Approximation
+) -> tuple[Approximation, str, dict[str, Tensor]]:
+    """The restart with the highest evidence, how many others reach it, and the means of those that do."""
     if not problem.weighting.restarts:
-        return q, ""
+        return q, "", {}
     particles = draw_all(problem.weighting, q, problem.settings.streams)
-    log_z = weigh(evaluated(problem, problem.weighting, particles, q)).log_z
+    weights = weigh(evaluated(problem, problem.weighting, particles, q))
+    log_z = weights.log_z
     best = int(log_z.argmax())
     proposals = {a: _select(p, best) for a, p in q.proposals.items()}
     params = {n: Learned(*(t[best] for t in p)) for n, p in q.params.items()}
-    near = int((log_z > log_z.max() - 3).sum())
-    text = f"{near} of {len(log_z)} restarts reach the best log evidence within 3 nats"
-    return Approximation(proposals, params), text
+    near = [i for i in log_z.argsort(descending=True).tolist() if log_z[i] > log_z[best] - 3]
+    text = f"{len(near)} of {len(log_z)} restarts reach the best log evidence within 3 nats"
+    runs = [_one_restart(particles, weights, i) for i in near]
+    return Approximation(proposals, params), text, _restart_means(problem.weighting, runs)
+
+
+def _one_restart(particles: Mapping[str, Particles], weights: Weights, i: int) -> Replicate:
+    own = {
+        a: tree_map(lambda t: t[i] if isinstance(t, Tensor) else t, p) for a, p in particles.items()
+    }
+    marginals = {a: w[i].detach() for a, w in weights.marginals.items()}
+    return Replicate(own, weights.log_z[i].detach(), marginals)
+
+
+def _restart_means(weighting: Weighting, runs: Sequence[Replicate]) -> dict[str, Tensor]:
+    """``[runs, *plates, *event]`` of every latent that is sampled."""
+    members = [(b, m) for b in weighting.blocks if not b.enumerated for m in b.members]
+    one = torch.ones(1, dtype=weighting.bound.dtype, device=weighting.bound.device)
+    return {
+        m.name: torch.stack([mg.mean(_weighted(weighting, b, m, [run], one)) for run in runs])
+        for b, m in members
+    }
 
 
 def _select(p: Proposal, restart: int) -> Proposal:
-    joint = None if p.joint is None else Joint(p.joint.mean[restart], p.joint.cov[restart])
-    return Proposal(joint, {n: tuple(m[restart] for m in mean) for n, mean in p.families.items()})
+    return over_tensors(lambda t: t[restart], p)
 
 
 # ---- marginals --------------------------------------------------------------------------------------------------
 
 
 def _marginals(
-    weighting: Weighting, replicates: list[Replicate], shares: Tensor
+    weighting: Weighting, replicates: list[Replicate], shares: Tensor, running: Running | None
 ) -> dict[str, Marginal]:
-    found: dict[str, Marginal] = {}
+    found: dict[str, Marginal] = {} if running is None else running.marginals()
     for block in weighting.blocks:
+        if running is not None and block in running.blocks:
+            continue
         for member in block.members:
             if block.enumerated:
                 stacked = torch.stack(
@@ -210,10 +275,11 @@ def _diagnostics(
     agreement: str,
     iterations: int,
     warnings: tuple[str, ...],
+    running: Running | None,
 ) -> Diagnostics:
-    ess, tails = {}, {}
+    ess, tails = ({} if running is None else running.effective()), {}
     for name, m in marginals.items():
-        if isinstance(m, mg.Weighted):
+        if isinstance(m, mg.Weighted) and name not in ess:
             ess[name] = 1.0 / m.weights.square().sum(0)
             tails[name] = tail_index(m.weights.movedim(0, -1))
     notes: dict[str, object] = {"plan": str(weighting.plan), "particles": dict(weighting.sizes)}
@@ -261,7 +327,13 @@ def _draw_from(
         factors = evaluated(problem, weighting, r.particles, q).factors()
         indices = weighting.plan.draw(factors, n, generator)
     drawn: dict[str, Tensor] = {}
-    for block in weighting.blocks:
+    blocks: Sequence[Block] = weighting.blocks
+    if isinstance(r.particles, PartDraws):
+        budget = problem.settings.memory or DEFAULT_MEMORY
+        picked = picked_in_parts(r.particles, indices, budget)
+        drawn = in_variable_order(picked, r.particles.inner)
+        blocks = [b for b in blocks if b.enumerated or b not in r.particles.inner]
+    for block in blocks:
         index = indices[block.axis]  # [n, *plates in the order of the graph]
         canonical = [p for p in weighting.bound.graph.plates if p in block.plates]
         index = index.permute(0, *(1 + canonical.index(p) for p in block.plates))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from ppl.binding import Bound
+from ppl.binding import Bound, take
 from ppl.graph import Factor, Graph
 from ppl.inference.contract import (
     Chain,
@@ -19,10 +22,22 @@ from ppl.inference.contract import (
     PlateSpec,
     make_plan,
 )
-from ppl.inference.particles.blocks import RESTART, Block
-from ppl.lower import Compiler, Lowered, Operand, map_name
+from ppl.inference.particles.blocks import RESTART, Block, check_order
+from ppl.inference.particles.laws import LoweredLaw, lower_laws
+from ppl.inference.particles.memory import (
+    default_memory,
+    factor_arrays,
+    plan_within,
+    point_bytes,
+)
+from ppl.inference.particles.processes import Share
+from ppl.inference.particles.statistics import Piece, Setting, pieces
+from ppl.lower import Compiler, Lowered, Operand, map_name, variables_of
 
 DEFAULT_MEMORY = 4 * 2**30
+_FEW = 5  # particles
+_LARGE = 1 << 17  # entries
+ChainSums = Literal["auto", "scan", "tree"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +48,7 @@ class Term:
     axes: tuple[str, ...]
     plates: tuple[str, ...]
     later: bool = False  # the transition of a chain
+    inside: tuple[str, ...] = ()  # axes of a larger array that its evaluation makes
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +64,27 @@ class Weighting:
     singles: tuple[Lowered, ...]  # the same factors one by one, for plates processed in parts
     inputs: Mapping[str, tuple[str, ...]]  # input name -> its axes, for narrowing
     plan: Plan
+    laws: Mapping[str, LoweredLaw]  # of latents that are proposed from their own law
+    added: Mapping[str, Tensor]  # inputs made from the data: distinct rows and their numbers
+    share: Share | None = (
+        None  # the elements that this process holds of a plate spread over several
+    )
+
+    @cached_property
+    def draw_order(self) -> tuple[Block, ...]:
+        """The blocks, each behind those that its proposal reads."""
+        return check_order(self.bound.graph, self.blocks)
+
+    @cached_property
+    def plate_orders(self) -> dict[str, list[int] | None]:
+        """By particle axis: dimensions of a block's ``[*restart, *plates, K]`` in the order of the graph; None where they are."""
+        orders: dict[str, list[int] | None] = {}
+        for b in self.blocks:
+            start = len(self.lead)
+            plates = [start + b.plates.index(p) for p in self.bound.graph.plates if p in b.plates]
+            order = [*range(start), *plates, start + len(plates)]
+            orders[b.axis] = None if order == sorted(order) else order
+        return orders
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -65,14 +102,41 @@ def make_weighting(
     sizes: Mapping[str, int],
     restarts: int,
     memory: int | None,
+    chains: ChainSums = "auto",
+    share: Share | None = None,
+    apart: str | None = None,
 ) -> Weighting:
-    """Lower all factors for these particle counts and plan their contraction."""
-    made = lower_bound(bound, blocks, sizes, restarts)
-    plan = plan_of(made, memory or DEFAULT_MEMORY, itemsize(bound.dtype))
-    static = static_arrays(bound)
-    lowered = made.whole.given({k: v for k, v in static.items() if k in made.whole.inputs})
+    """Lower all factors for these particle counts and plan their contraction.
+
+    ``share`` says which elements of a plate the bound holds where other processes hold the rest; nothing is summed over
+    the plate ``apart`` beforehand, because the bound has only some of its elements.
+    """
+    made = lower_bound(bound, blocks, sizes, restarts, share.plate if share else apart)
+    if chains == "auto" and bound.device.type == "cuda":
+        chains = "tree"
+    arrays = factor_arrays(bound, blocks, made.terms, sizes)
+    plan = plan_within(
+        lambda budget: plan_of(made, budget, itemsize(bound.dtype), chains, share),
+        arrays,
+        point_bytes(bound, blocks, sizes),
+        memory or default_memory(bound.device),
+    )
+    static = static_arrays(bound) | made.added
+    lowered = made.whole.pruned().given({k: v for k, v in static.items() if k in made.whole.inputs})
+    laws = lower_laws(bound, blocks, variable_axes(bound.graph, blocks, restarts), sizes, restarts)
     return Weighting(
-        bound, blocks, dict(sizes), restarts, made.terms, lowered, made.singles, made.inputs, plan
+        bound,
+        blocks,
+        dict(sizes),
+        restarts,
+        made.terms,
+        lowered,
+        made.singles,
+        made.inputs,
+        plan,
+        laws,
+        made.added,
+        share,
     )
 
 
@@ -133,14 +197,33 @@ class _Made(NamedTuple):
     singles: tuple[Lowered, ...]
     inputs: dict[str, tuple[str, ...]]
     layout: Layout
+    added: dict[str, Tensor]  # inputs made from the data
+
+
+# What is known of the rows of a data set, however often its factors are lowered.
+_KNOWN_ROWS: WeakKeyDictionary[Bound, dict[Any, Any]] = WeakKeyDictionary()
 
 
 def lower_bound(
-    bound: Bound, blocks: tuple[Block, ...], sizes: Mapping[str, int], restarts: int
+    bound: Bound,
+    blocks: tuple[Block, ...],
+    sizes: Mapping[str, int],
+    restarts: int,
+    apart: str | None = None,
 ) -> _Made:
     masks = tuple(bound.masks)
     return lower(
-        bound.graph, blocks, sizes, restarts, real_plates(bound), bound.dtype, bound.device, masks
+        bound.graph,
+        blocks,
+        sizes,
+        restarts,
+        real_plates(bound),
+        bound.dtype,
+        bound.device,
+        masks,
+        static_arrays(bound),
+        _KNOWN_ROWS.setdefault(bound, {}),
+        apart,
     )
 
 
@@ -153,22 +236,35 @@ def lower(
     dtype: torch.dtype,
     device: torch.device | str,
     masks: tuple[str, ...],
+    values: Mapping[str, Tensor] | None = None,
+    known: dict[Any, Any] | None = None,
+    apart: str | None = None,
 ) -> _Made:
+    """Lower all factors; ``values`` are inputs that never change, ``known`` keeps what was found out about them."""
     lead = (RESTART,) if restarts else ()
     particle_axes = [b.axis for b in blocks]
-    order = (*lead, *graph.plates, *particle_axes, *(a + "'" for a in particle_axes))
     axes = variable_axes(graph, blocks, restarts)
+    particle_axes += [a + "'" for a in particle_axes]
+    first = _particles_first(graph, axes, sizes, plates)
+    behind = (*particle_axes, *graph.plates) if first else (*graph.plates, *particle_axes)
+    order = (*lead, *behind)
 
     def compiler() -> Compiler:
         return Compiler(graph, axes, order, dtype=dtype, device=device, masks=masks)
 
+    owners = {b.axis: b.plates for b in blocks}
+    all_sizes = {**sizes, **{n: p.size for n, p in plates.items()}, RESTART: max(restarts, 1)}
+    setting = Setting(owners, all_sizes, values, {} if known is None else known, apart=apart)
     terms, outputs, singles, whole = [], [], [], compiler()
     for factor in graph.densities:
         for later in (False, True) if factor.chain else (False,):
-            outputs.append(_output(graph, whole, factor, later))
-            terms.append(_term(graph, factor, outputs[-1], later))
-            alone = compiler()
-            singles.append(alone.finish([_output(graph, alone, factor, later)]))
+            made = _pieces(graph, whole, factor, later, setting)
+            outputs += [p.out for p in made]
+            terms += [Term(factor.name, p.out.axes, p.plates, later, p.inside) for p in made]
+            for i in range(len(made)):
+                alone = compiler()
+                piece = _pieces(graph, alone, factor, later, setting)[i]
+                singles.append(alone.finish([piece.out]).pruned())
     for b in blocks:
         if not b.enumerated:
             own = tuple(p for p in graph.plates if p in b.plates)
@@ -176,17 +272,52 @@ def lower(
     layout = Layout(
         plates=plates,
         sizes={**sizes, **({RESTART: restarts} if restarts else {})},
-        owners={b.axis: b.plates for b in blocks},
+        owners=owners,
         chains=tuple(Chain(b.chain, b.axis, b.axis + "'") for b in blocks if b.chain),
         batch=lead,
+        particles_first=first,
     )
     inputs = dict(axes) | {name + "@mask": axes[name] for name in masks}
-    return _Made(tuple(terms), whole.finish(outputs), tuple(singles), inputs, layout)
+    inputs |= {name: at for name, (at, _) in setting.arrays.items()}
+    added = {name: array for name, (_, array) in setting.arrays.items()}
+    lowered = whole.finish(outputs)
+    return _Made(tuple(terms), lowered, tuple(singles), inputs, layout, added)
 
 
-def plan_of(made: _Made, memory: int | None, itemsize: int = 8) -> Plan:
+def _particles_first(
+    graph: Graph,
+    axes: Mapping[str, tuple[str, ...]],
+    sizes: Mapping[str, int],
+    plates: Mapping[str, PlateSpec],
+) -> bool:
+    """Whether particle axes go in front of plates: arrays whose last axis has two or three entries are slow to work on."""
+    for factor in graph.densities:
+        joint = {a for n in variables_of(graph, factor) for a in axes.get(n, ())}
+        counts = [sizes[a] for a in joint if a in sizes]
+        entries = math.prod(counts) * math.prod(plates[a].size for a in joint if a in plates)
+        if counts and min(counts) < _FEW and entries > _LARGE:
+            return True
+    return False
+
+
+def plan_of(
+    made: _Made,
+    memory: int | None,
+    itemsize: int = 8,
+    chains: ChainSums = "auto",
+    share: Share | None = None,
+) -> Plan:
     scopes, plates = [t.axes for t in made.terms], [t.plates for t in made.terms]
-    return make_plan(scopes, made.layout, memory=memory, itemsize=itemsize, plates_of=plates)
+    return make_plan(
+        scopes,
+        made.layout,
+        memory=memory,
+        itemsize=itemsize,
+        plates_of=plates,
+        chain=chains,
+        along=share and (share.plate, share.ends),
+        reduce=share and share.reduce,
+    )
 
 
 def itemsize(dtype: torch.dtype) -> int:
@@ -206,11 +337,17 @@ def _is_observed(graph: Graph, factor: Factor) -> bool:
     return graph.variables[factor.name].role == "observed"
 
 
-def _term(graph: Graph, factor: Factor, out: Operand, later: bool) -> Term:
+def _pieces(
+    graph: Graph, compiler: Compiler, factor: Factor, later: bool, setting: Setting
+) -> list[Piece]:
+    """The factor as it stands, or what statistics make of it."""
+    made = pieces(compiler, factor, later, setting)
+    if made is not None:
+        return made
     plates = factor.plates
     if factor.chain and (not later or _is_observed(graph, factor)):
         plates = tuple(p for p in plates if p != factor.chain[0])
-    return Term(factor.name, out.axes, plates, later)
+    return [Piece(_output(graph, compiler, factor, later), plates)]
 
 
 def evaluate(weighting: Weighting, arrays: Mapping[str, Tensor]) -> list[LogFactor]:
@@ -220,29 +357,32 @@ def evaluate(weighting: Weighting, arrays: Mapping[str, Tensor]) -> list[LogFact
 
 
 def evaluate_part(
-    weighting: Weighting, arrays: Mapping[str, Tensor], i: int, rows: Mapping[str, Tensor] | None
+    weighting: Weighting,
+    arrays: Mapping[str, Tensor],
+    i: int,
+    rows: Mapping[str, Tensor] | None,
+    ready: frozenset[str] = frozenset(),
 ) -> LogFactor:
-    """Log-density ``i`` with the plates in ``rows`` narrowed to those elements; no larger array is made on the way."""
-    everything = {**static_arrays(weighting.bound), **arrays}
+    """Log-density ``i`` with the plates in ``rows`` narrowed to those elements; no larger array is made on the way.
+
+    The arrays named in ``ready`` are narrow already.
+    """
+    everything = {**static_arrays(weighting.bound), **weighting.added, **arrays}
     single = weighting.singles[i]
     inputs = {
-        name: _narrowed(weighting, name, everything[name], rows or {}) for name in single.inputs
+        name: everything[name]
+        if name in ready
+        else _narrowed(weighting, name, everything[name], rows or {})
+        for name in single.inputs
     }
     return LogFactor(weighting.terms[i].axes, single(inputs)[0])
 
 
 def _narrowed(weighting: Weighting, name: str, array: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
-    if "->" in name:
-        child, ancestor = name.split("->")
-        array = array.index_select(0, rows[child]) if child in rows else array
-        if ancestor in rows:
-            place = torch.full(
-                (weighting.bound.size(ancestor),), -1, dtype=torch.long, device=array.device
-            )
-            place[rows[ancestor]] = torch.arange(len(rows[ancestor]), device=array.device)
-            array = place[array]
-        return array
-    for at, axis in enumerate(weighting.inputs[name]):
-        if axis in rows:
-            array = array.index_select(at, rows[axis].to(array.device))
+    if "->" not in name:
+        return take(array, weighting.inputs[name], rows)
+    child, ancestor = name.split("->")
+    array = take(array, (child,), rows)
+    if ancestor in rows:
+        array = torch.searchsorted(rows[ancestor].to(array.device), array)
     return array

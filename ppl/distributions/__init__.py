@@ -34,7 +34,13 @@ from ppl.distributions.library import (
     VonMises,
     Wishart,
 )
-from ppl.distributions.mixtures import Mixture, MixtureSameFamily, SpikeSlab, ZeroInflated
+from ppl.distributions.mixtures import (
+    Hurdle,
+    Mixture,
+    MixtureSameFamily,
+    SpikeSlab,
+    ZeroInflated,
+)
 from ppl.distributions.multivariate import Dirichlet, MultivariateLaplace, MultivariateNormal
 from ppl.distributions.positive import (
     Beta,
@@ -53,7 +59,7 @@ from ppl.distributions.wrappers import Censored, Independent, Masked, Truncated
 _FAMILIES: tuple[type[Distribution], ...] = (
     Bernoulli, Beta, Binomial, Categorical, Cauchy, Censored, Chi2, ConcentratedNormal,
     ContinuousBernoulli, Delta, Dirichlet, Exponential, FisherSnedecor, Flat, Gamma, GeneralizedPareto, Geometric, Gumbel,
-    HalfCauchy, HalfFlat, HalfNormal, Independent, InverseGamma, Kumaraswamy, LKJCholesky,
+    HalfCauchy, HalfFlat, HalfNormal, Hurdle, Independent, InverseGamma, Kumaraswamy, LKJCholesky,
     Laplace, LogNormal, Logistic, LogisticNormal, LowRankMultivariateNormal, Markov, Mixture,
     MixtureSameFamily, Multinomial, MultivariateLaplace, MultivariateNormal, NegativeBinomial, Normal,
     OneHotCategorical, OneHotCategoricalStraightThrough, Pareto, Poisson, RelaxedBernoulli,
@@ -68,7 +74,7 @@ __all__ = [
     "KNOWN", "Bernoulli", "Beta", "Binomial", "Categorical", "Cauchy", "Censored", "Chi2",
     "ConcentratedNormal", "ContinuousBernoulli", "Delta", "Dirichlet", "Distribution", "Exponential", "FisherSnedecor",
     "Flat", "Foreign", "Gamma", "GeneralizedPareto", "Geometric", "Gumbel", "HalfCauchy",
-    "HalfFlat", "HalfNormal", "Independent", "InverseGamma", "Kumaraswamy", "LKJCholesky",
+    "HalfFlat", "HalfNormal", "Hurdle", "Independent", "InverseGamma", "Kumaraswamy", "LKJCholesky",
     "Laplace", "Leaf", "Library", "LogNormal", "Logistic", "LogisticNormal",
     "LowRankMultivariateNormal", "Markov", "Masked", "Mixture", "MixtureSameFamily",
     "Multinomial", "MultivariateLaplace", "MultivariateNormal", "NegativeBinomial", "Normal", "OneHotCategorical",

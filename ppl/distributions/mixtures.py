@@ -12,9 +12,12 @@ from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
 from ppl.distributions.arguments import OrZero, shape_of, weights
-from ppl.distributions.base import NESTED, Distribution
+from ppl.distributions.base import NESTED, Distribution, open_uniform
 from ppl.distributions.discrete import Categorical, draw_category
 from ppl.errors import ModelError
+
+# A count that is over zero is found in so many draws unless that is rarer than once in a hundred; then it is small.
+_TRIES, _LONGEST = 100, 10_000
 
 
 class _Mixture(Distribution):
@@ -256,6 +259,73 @@ class ZeroInflated(Distribution):
     def variance(self) -> Tensor:
         gate, mean = self.tensors()["gate"], self.dist.mean
         return self.full((1 - gate) * (self.dist.variance + gate * mean.square()))
+
+
+class Hurdle(Distribution):
+    """Zero with probability ``gate``, else a draw of the count law ``dist`` given that it is not zero.
+
+    >>> from ppl.distributions import Poisson
+    >>> Hurdle(Poisson(2.0), 0.3).log_prob(torch.tensor(0.0, dtype=torch.float64)).exp()
+    tensor(0.3000, dtype=torch.float64)
+    """
+
+    arg_constraints = {"dist": NESTED, "gate": constraints.unit_interval}
+    is_discrete = True
+    dist: Distribution
+    gate: Any
+
+    def check(self) -> None:
+        if self.dist.event_dim or not self.dist.is_discrete:
+            raise ModelError(
+                f"Hurdle: dist must be a scalar count law such as Poisson, got {self.dist!r}. "
+                "For a continuous law use SpikeSlab(probs, slab)."
+            )
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        value, gate = self.against(value)
+        over = torch.log1p(-gate) + self.dist.log_prob(value) - self._log_over(value)
+        return torch.where(value == 0, gate.log(), over)
+
+    def sample(self, shape: Sequence[int] = (), generator: Generator | None = None) -> Tensor:
+        (gate,) = self.expanded(shape, generator)
+        return self._over(shape, generator) * torch.bernoulli(1 - gate, generator=generator)
+
+    def enumerate_support(self) -> Tensor | None:
+        return self.dist.enumerate_support()
+
+    @property
+    def support(self) -> Constraint:
+        return self.dist.support
+
+    @property
+    def mean(self) -> Tensor:
+        gate = self.tensors()["gate"]
+        return self.full((1 - gate) * self.dist.mean / self._log_over(gate).exp())
+
+    @property
+    def variance(self) -> Tensor:
+        gate, mean = self.tensors()["gate"], self.dist.mean
+        square = (self.dist.variance + mean.square()) / self._log_over(gate).exp()
+        return self.full((1 - gate) * square - self.mean.square())
+
+    def _log_over(self, like: Tensor) -> Tensor:
+        """Log-probability that a draw of ``dist`` is not zero."""
+        return (-torch.expm1(self.dist.log_prob(torch.zeros_like(like)))).log()
+
+    def _over(self, shape: Sequence[int], generator: Generator | None) -> Tensor:
+        """Draws of ``dist`` that are not zero: by rejection, and by inversion where nearly all would be rejected."""
+        draws = self.dist.sample(shape, generator)
+        for _ in range(_TRIES):
+            if bool((draws > 0).all()):
+                return draws
+            draws = torch.where(draws > 0, draws, self.dist.sample(shape, generator))
+        left = open_uniform(shape, draws, generator) * self._log_over(draws).exp()
+        count, at = torch.zeros_like(draws), 0
+        while bool(((draws == 0) & (left > 0)).any()) and at < _LONGEST:
+            at += 1
+            count = torch.where(left > 0, float(at), count)
+            left = left - self.dist.log_prob(torch.full_like(left, float(at))).exp()
+        return torch.where(draws > 0, draws, count)
 
 
 class Either(Constraint):

@@ -116,7 +116,8 @@ class Markov(Distribution):
     """Law of a latent in an ordered plate: ``init`` for its first element, ``step(previous)`` for
     the others.
 
-    It only carries its two parts; the language opens them along the plate.
+    It only carries its two parts; the language opens them along the plate. In ``init``, values
+    that vary over the plate are those of its first element.
     """
 
     arg_constraints = {"init": NESTED, "step": STATIC, "order": STATIC}
@@ -136,6 +137,13 @@ class Markov(Distribution):
         if not isinstance(self.order, int) or self.order < 1:
             raise ModelError(
                 f"Markov: order must be an integer of at least 1, got {self.order!r}. Use order=1."
+            )
+        if self.order > 1:
+            raise ModelError(
+                f"Markov: order={self.order} is not supported; a step sees one element before it. Let the state be a "
+                f"vector that remembers: init=Normal(torch.zeros({self.order}), ...) and step=lambda last: "
+                "Normal(torch.stack([..., last[0]]), ...), whose copied parts have a small scale of their own; "
+                "an observed series may take its lags as covariates."
             )
         self.event_dim, self.is_discrete = self.init.event_dim, self.init.is_discrete
 

@@ -174,8 +174,7 @@ def test_covid_is_cut_in_time(weekly, data_folder):
     np.savez(data_folder / "covid" / file, obs=obs, wearing=obs + 0.5, n_train=3)
     train, test = datasets.covid(weekly=weekly)
     assert np.array_equal(train["obs"], obs[:, :3]) and np.array_equal(test["obs"], obs[:, 3:])
-    assert train["wearing_first"].tolist() == [0.5, 5.5]
-    assert test["wearing_first"].tolist() == [3.5, 8.5]
+    assert test["wearing"].tolist() == [[3.5, 4.5], [8.5, 9.5]] and set(test) == set(train)
 
 
 def test_chimpanzees_are_read_in_runs_of_twelve_rows(data_folder):
@@ -220,7 +219,6 @@ def test_real_covid():
     needs("covid/covid_daily.npz")
     train, test = datasets.covid()
     assert train["npis"].shape == (92, 109, 9) and test["obs"].shape == (92, 28)
-    assert np.array_equal(test["mobility_first"], test["mobility"][:, 0])
 
 
 def test_real_chimpanzees():

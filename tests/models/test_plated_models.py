@@ -11,7 +11,6 @@ from scipy.special import expit
 from scipy.stats import bernoulli, nbinom, norm
 
 from ppl import infer, models
-from ppl.models.datasets import with_first
 from ppl.models.simulation import genre_flags, one_hot, simulated
 from tests.models.joint_density import joint_density
 
@@ -107,9 +106,11 @@ ZIPS = {name: array[0] for name, array in HOUSES.items()}
 REPORTS = {"company": one_hot((2, 3, 5), 4), "run_type": one_hot((2, 3, 5), 3, seed=1)}
 PULLS = {n: RNG.integers(0, 2, (3, 2, 4)) for n in ("condition", "prosoc_left")}
 VISITS = {"weather": RNG.normal(size=(3, 2, 6)), "quality": RNG.integers(0, 2, (3, 2, 6))}
-REGIONS = with_first(
-    npis=RNG.integers(0, 2, (2, 4, 3)), wearing=RNG.random((2, 4)), mobility=-RNG.random((2, 4))
-)
+REGIONS = {
+    "npis": RNG.integers(0, 2, (2, 4, 3)),
+    "wearing": RNG.random((2, 4)),
+    "mobility": -RNG.random((2, 4)),
+}
 
 # model with arguments, covariates, sizes of other plates, log joint, units of rescaled latents
 CASES = {

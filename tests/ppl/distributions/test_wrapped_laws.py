@@ -143,17 +143,27 @@ def test_leaf_paths_name_the_component():
     ]
 
 
+@pytest.mark.parametrize("family", [d.ZeroInflated, d.Hurdle])
 @pytest.mark.parametrize(
-    "inner", [d.Poisson(2.0), d.NegativeBinomial(2.0, 0.4), d.Binomial(6, 0.3)]
+    "inner", [d.Poisson(2.0), d.NegativeBinomial(2.0, 0.4), d.Binomial(6, 0.3), d.Poisson(0.02)]
 )
-def test_a_zero_inflated_law_has_mass_one(inner):
-    law, x = d.ZeroInflated(inner, 0.25), torch.arange(200, dtype=torch.float64)
+def test_a_law_with_other_zeros_has_mass_one(family, inner):
+    law, x = family(inner, 0.25), torch.arange(200, dtype=torch.float64)
     p = law.log_prob(x).exp()
     assert float(p.sum()) == pytest.approx(1, abs=1e-12)
     assert float((p * x).sum()) == pytest.approx(float(law.mean))
     assert float((p * x**2).sum() - (p * x).sum() ** 2) == pytest.approx(float(law.variance))
-    zeros = float((law.sample((20000,), generator()) == 0).double().mean())
-    assert zeros == pytest.approx(float(p[0]), abs=5 * math.sqrt(float(p[0]) / 20000))
+    draws = law.sample((20000,), generator())
+    for value in (0, 1, 2):
+        share, chance = float((draws == value).double().mean()), float(p[value])
+        assert share == pytest.approx(chance, abs=5 * math.sqrt(chance / 20000))
+
+
+def test_a_hurdle_decides_alone_about_zeros():
+    law = d.Hurdle(d.Poisson(3.0), 0.25)
+    assert law.log_prob(tensor(0.0)).exp().item() == pytest.approx(0.25)
+    expected = 0.75 * st.poisson(3).pmf(4) / st.poisson(3).sf(0)
+    assert law.log_prob(tensor(4.0)).exp().item() == pytest.approx(expected)
 
 
 def test_spike_and_slab_is_a_mixed_measure():

@@ -1,0 +1,251 @@
+"""Gauss-Markov proposals of chains: density, drawing, learning, and what they reach on linear-Gaussian series."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from ppl import Markov, MultivariateNormal, Normal, given, infer, latent, model, observe, plate
+from ppl.backend import Settings
+from ppl.inference.numerics.linalg import weighted_moments
+from ppl.inference.particles import paths
+from ppl.inference.particles.approximation import Approximation
+from ppl.inference.particles.estep import draw_all, evaluated, weigh
+from ppl.inference.particles.proposals import Joint, Proposal
+from ppl.inference.qem import QEM, init, prepare
+from ppl.models.timeseries import local_level, local_linear_trend, simulated
+from ppl.streams import Streams
+
+
+def random_joint(*lead: int, d: int = 2) -> Joint:
+    root = torch.randn(*lead, 2 * d, 2 * d, dtype=torch.float64)
+    cov = root @ root.mT + 0.1 * torch.eye(2 * d, dtype=torch.float64)
+    return Joint(torch.randn(*lead, 2 * d, dtype=torch.float64), cov)
+
+
+def regression(joint: Joint, place: tuple[int, ...]):
+    """Gain and covariance of the last coordinates given the first, by the textbook formula."""
+    mean, cov = joint.mean[place].numpy(), joint.cov[place].numpy()
+    d = len(mean) // 2
+    gain = cov[d:, :d] @ np.linalg.inv(cov[:d, :d])
+    return mean[:d], mean[d:], gain, cov[d:, d:] - gain @ cov[:d, d:]
+
+
+@pytest.mark.parametrize("time", [0, 1])
+def test_density_is_the_mixture_over_the_particles_before(time):
+    joint = random_joint(3, 4)
+    free = torch.randn(3, 4, 5, 2, dtype=torch.float64)
+    log = paths.log_density(paths.transition(joint, time), free, time)
+    for place in np.ndindex(3, 4):
+        before, own, gain, cov = regression(joint, place)
+        x = free[place].numpy()
+        if place[time] == 0:
+            expected = stats.multivariate_normal(own, joint.cov[place][2:, 2:].numpy()).logpdf(x)
+        else:
+            earlier = free[tuple(p - (i == time) for i, p in enumerate(place))].numpy()
+            each = [
+                stats.multivariate_normal(own + gain @ (e - before), cov).pdf(x) for e in earlier
+            ]
+            expected = np.log(np.mean(each, 0))
+        np.testing.assert_allclose(log[place].numpy(), expected, atol=1e-8)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 8])
+def test_paths_follow_the_recursion(length):
+    joint, noise = random_joint(length), torch.randn(length, 3, 2, dtype=torch.float64)
+    law = paths.transition(joint, 0)
+    found = paths.draw_paths(law, noise, 0)
+    state = law.mean[0] + noise[0] @ law.chol[0].mT
+    torch.testing.assert_close(found[0], state)
+    for t in range(1, length):
+        state = law.mean[t] + (state - law.before[t]) @ law.gain[t].mT + noise[t] @ law.chol[t].mT
+        torch.testing.assert_close(found[t], state)
+
+
+def test_conditional_covariance_keeps_its_digits():
+    """A walk from a vague start: neighbours correlate to eight nines."""
+    sd, step = 1000.0, 0.1
+    cov = torch.tensor([[sd**2, sd**2], [sd**2, sd**2 + step**2]], dtype=torch.float64)
+    law = paths.transition(Joint(torch.zeros(2, 2, dtype=torch.float64), cov.expand(2, 2, 2)), 0)
+    assert float(law.chol[1]) == pytest.approx(step, rel=1e-3)
+
+
+def test_moments_of_pairs_and_of_draws_agree():
+    draws = torch.randn(3, 50, 2, dtype=torch.float64).cumsum(0)  # [T, K, D]
+    weights = torch.full((3, 50), 1 / 50, dtype=torch.float64)
+    pairs = torch.diag_embed(weights[1:])  # particle k of t goes with particle k of t - 1
+    found = paths.pair_moments(draws, weights, pairs, 0)
+    sample = paths.sample_moments(draws.movedim(1, 0), 0)
+    torch.testing.assert_close(found.mean, sample.mean)
+    torch.testing.assert_close(found.cov, sample.cov, rtol=1e-8, atol=1e-8)
+    _, cov = weighted_moments(torch.cat([draws[0], draws[1]], -1), weights[0])
+    torch.testing.assert_close(found.cov[1], cov)
+
+
+@model
+def walk():
+    sd = given("sd", default=0.5)
+    with plate("day", ordered=True):
+        x = latent("x", Markov(Normal(0.0, 1.0), lambda before: Normal(0.9 * before, 0.3)))
+        observe("y", Normal(x, sd))
+
+
+def smoother(y, gain, noise, see, error, mean, cov):
+    """Means, covariances and evidence of x_t = gain x_{t-1} + noise, y_t = see x_t + error; the dense joint Gaussian."""
+    length, d = len(y), len(mean)
+    joint = np.zeros((length * d, length * d))
+    means, now = [np.asarray(mean)], np.asarray(cov)
+    joint[:d, :d] = now
+    for t in range(1, length):
+        means.append(gain @ means[-1])
+        now = gain @ now @ gain.T + noise
+        at = slice(t * d, (t + 1) * d)
+        joint[at, : t * d] = gain @ joint[at.start - d : at.start, : t * d]
+        joint[: t * d, at] = joint[at, : t * d].T
+        joint[at, at] = now
+    seen = ~np.isnan(np.asarray(y, float).reshape(length, -1)[:, 0])
+    map_ = (
+        np.kron(np.eye(length), see).reshape(length, -1, length * d)[seen].reshape(-1, length * d)
+    )
+    flat = np.asarray(y, float).reshape(length, -1)[seen].ravel()
+    prior = np.concatenate(means)
+    total = map_ @ joint @ map_.T + np.kron(np.eye(seen.sum()), error)
+    weight = np.linalg.solve(total, map_ @ joint).T
+    posterior = joint - weight @ map_ @ joint
+    log = stats.multivariate_normal(map_ @ prior, total).logpdf(flat)
+    return prior + weight @ (flat - map_ @ prior), posterior, float(log)
+
+
+def exact_joint(mean: np.ndarray, cov: np.ndarray, d: int) -> Joint:
+    """State of the proposal that is the posterior."""
+    length = len(mean) // d
+    place = [slice(t * d, (t + 1) * d) for t in range(length)]
+    m = torch.tensor(mean.reshape(length, d))
+    c = torch.tensor(np.stack([cov[p, p] for p in place]))
+    cross = torch.tensor(np.stack([cov[a, b] for a, b in zip(place[:-1], place[1:], strict=True)]))
+    return paths._neighbours(m, c, cross, 0)
+
+
+@pytest.mark.parametrize("particles", [1, 2, 7])
+def test_exact_conditionals_give_the_evidence_without_error(particles):
+    y = [0.4, -0.2, 0.9, math.nan, 1.5, 1.1]
+    one = np.eye(1)
+    mean, cov, log = smoother(y, 0.9 * one, 0.09 * one, one, 0.25 * one, [0.0], one)
+    problem = prepare(walk.bind({"y": y}), QEM(particles=particles), Settings(Streams(1)))
+    q = Approximation({"k:x": Proposal(exact_joint(mean, cov, 1), {})}, {})
+    drawn = draw_all(problem.weighting, q, Streams(1))
+    found = weigh(evaluated(problem, problem.weighting, drawn, q))
+    assert float(found.log_z) == pytest.approx(log, abs=1e-7)
+    last = found.marginals["k:x"][-1]
+    torch.testing.assert_close(last, torch.full_like(last, 1 / particles), rtol=0, atol=1e-7)
+
+
+def test_the_evidence_is_unbiased():
+    y = [0.4, -0.2, 0.9, 1.5]
+    one = np.eye(1)
+    _, _, log = smoother(y, 0.9 * one, 0.09 * one, one, 0.25 * one, [0.0], one)
+    problem = prepare(walk.bind({"y": y}), QEM(particles=2), Settings(Streams(5), restarts=4000))
+    start = init(problem).q
+    prior = start.proposals["k:x"].joint
+    same = Joint(prior.mean[:1].expand_as(prior.mean), prior.cov[:1].expand_as(prior.cov))
+    q = start._replace(proposals={"k:x": Proposal(same, {})})
+    drawn = draw_all(problem.weighting, q, Streams(6))
+    ratio = (weigh(evaluated(problem, problem.weighting, drawn, q)).log_z - log).exp()
+    error = float(ratio.std() / math.sqrt(len(ratio)))
+    assert abs(float(ratio.mean()) - 1) < 4 * error
+    assert error < 0.05
+
+
+def agreement(posterior, name, mean, cov):
+    """Largest error of means in posterior sds, and of log sds."""
+    sd = np.sqrt(np.diag(cov))
+    apart = np.abs(posterior.mean(name).numpy().ravel() - mean) / sd
+    return float(apart.max()), float(np.abs(np.log(posterior.sd(name).numpy().ravel() / sd)).max())
+
+
+def test_local_level_agrees_with_the_smoother():
+    data, _ = simulated(
+        local_level, 40, {"level_sd": 0.1, "noise_sd": 1.0, "start_sd": 10.0}, seed=1
+    )
+    data["y"][5:9] = math.nan
+    one = np.eye(1)
+    mean, cov, log = smoother(data["y"].numpy(), one, 0.01 * one, one, one, [0.0], 100 * one)
+    posterior = infer(local_level, data, method="qem", particles=100, seed=0)
+    far, spread = agreement(posterior, "level", mean, cov)
+    assert far < 0.06 and spread < 0.05
+    assert posterior.log_evidence.value == pytest.approx(log, abs=0.1)
+    assert float(posterior.diagnostics.ess["level"].min()) > 2000
+
+
+@pytest.mark.slow
+def test_local_linear_trend_agrees_with_the_smoother():
+    known = {"level_sd": 0.1, "slope_sd": 0.02, "noise_sd": 1.0, "start_sd": 5.0}
+    data, _ = simulated(local_linear_trend, 50, known, seed=1)
+    gain, noise = np.array([[1.0, 1.0], [0.0, 1.0]]), np.diag([0.01, 0.0004])
+    mean, cov, log = smoother(
+        data["y"].numpy(),
+        gain,
+        noise,
+        np.array([[1.0, 0.0]]),
+        np.eye(1),
+        np.zeros(2),
+        25 * np.eye(2),
+    )
+    posterior = infer(local_linear_trend, data, method="qem", particles=100, seed=0)
+    far, spread = agreement(posterior, "state", mean, cov)
+    assert far < 0.1 and spread < 0.05
+    assert posterior.log_evidence.value == pytest.approx(log, abs=0.15)
+
+
+@model
+def tracked():
+    """Constant velocity: a transition whose covariance is nearly singular."""
+    move = torch.tensor([[1.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
+    shake = 0.01 * torch.tensor([[1 / 3, 1 / 2], [1 / 2, 1.0]], dtype=torch.float64)
+    with plate("time", ordered=True):
+        s = latent(
+            "s",
+            Markov(
+                Normal(torch.zeros(2), 5.0),
+                lambda before: MultivariateNormal(move @ before, covariance_matrix=shake),
+            ),
+        )
+        observe("y", Normal(s[0], 1.0))
+
+
+@pytest.mark.slow
+def test_tracking_agrees_with_the_smoother():
+    y = tracked.sample(1, sizes={"time": 50}, seed=3)["y"][0]
+    gain = np.array([[1.0, 1.0], [0.0, 1.0]])
+    noise = 0.01 * np.array([[1 / 3, 1 / 2], [1 / 2, 1.0]])
+    mean, cov, log = smoother(
+        y.numpy(), gain, noise, np.array([[1.0, 0.0]]), np.eye(1), np.zeros(2), 25 * np.eye(2)
+    )
+    posterior = infer(tracked, {"y": y}, method="qem", particles=100, seed=0)
+    far, spread = agreement(posterior, "s", mean, cov)
+    assert far < 0.1 and spread < 0.06
+    assert posterior.log_evidence.value == pytest.approx(log, abs=0.15)
+
+
+def test_drawn_paths_have_the_lag_one_correlation_of_the_posterior():
+    """Draws from the marginals of each time would have none."""
+
+    @model
+    def slow():
+        with plate("day", ordered=True):
+            x = latent("x", Markov(Normal(0.0, 1.0), lambda before: Normal(0.99 * before, 0.1)))
+            observe("y", Normal(x, 3.0))
+
+    y = slow.sample(1, sizes={"day": 40}, seed=2)["y"][0]
+    one = np.eye(1)
+    _, cov, _ = smoother(y.numpy(), 0.99 * one, 0.01 * one, one, 9 * one, [0.0], one)
+    draws = infer(slow, {"y": y}, method="qem", particles=50, seed=0).samples(4000)["x"]
+    for t in (5, 20, 38):
+        found = np.corrcoef(draws[:, t].numpy(), draws[:, t + 1].numpy())[0, 1]
+        expected = cov[t, t + 1] / math.sqrt(cov[t, t] * cov[t + 1, t + 1])
+        assert expected > 0.97
+        assert found == pytest.approx(expected, abs=0.01)
