@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 import time
@@ -105,31 +104,13 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
         mine = [r for r in runs if r["model"] == name]
         done = [r for r in mine if "max_err" in r]
         if done:
-            cells = [_cell([r[key] for r in done]) for key in COLUMNS]
+            cells = [scoring.cell([r[key] for r in done]) for key in COLUMNS]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         for r in mine if not done else []:
             kind = next(k for k in r if k.endswith("Error"))
             lines.append(f"| {name} | {kind}: {r[kind]} |" + " |" * (len(COLUMNS) - 1))
             break
     return "\n".join(lines) + "\n" + _summary(runs)
-
-
-def _cell(values: Sequence[Any]) -> str:
-    if isinstance(values[0], str):
-        worst = max(
-            values, key=lambda v: ("good", "check", "unreliable").index(v.partition(":")[0])
-        )
-        return worst.partition(":")[0]
-    centre, low, high = median(values), min(values), max(values)
-    return (
-        _number(centre) if low == high else f"{_number(centre)} ({_number(low)} to {_number(high)})"
-    )
-
-
-def _number(value: float) -> str:
-    if not math.isfinite(value):
-        return str(value)
-    return f"{value:.0f}" if isinstance(value, int) or abs(value) >= 100 else f"{value:.3g}"
 
 
 def _summary(runs: Sequence[dict[str, Any]]) -> str:

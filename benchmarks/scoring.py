@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from statistics import median
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +49,28 @@ def load_reference(folder: Path) -> dict[str, Moments]:
     }
 
 
+def load_arrays(path: Path, only: Sequence[str] = ()) -> dict[str, Moments]:
+    """Moments of an archive with ``site__mean`` and ``site__sd``, by scalar name; of some sites, or of all."""
+    with np.load(path) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    return named(arrays, only)
+
+
+def named(arrays: Mapping[str, np.ndarray], only: Sequence[str] = ()) -> dict[str, Moments]:
+    """The same from arrays.
+
+    >>> named({"mu__mean": np.zeros(1), "mu__sd": np.ones(1)})
+    {'mu[1]': Moments(mean=0.0, sd=1.0)}
+    """
+    sites = [name.removesuffix("__mean") for name in arrays if name.endswith("__mean")]
+    found: dict[str, Moments] = {}
+    for site in sites:
+        if not only or site in only:
+            pair = (torch.as_tensor(arrays[f"{site}__{part}"]) for part in ("mean", "sd"))
+            found |= _scalars(site, *pair)
+    return found
+
+
 def scalar_names(site: str, shape: tuple[int, ...]) -> Iterator[str]:
     """Names of the scalars of a site, in the order of its flattened array.
 
@@ -58,10 +82,14 @@ def scalar_names(site: str, shape: tuple[int, ...]) -> Iterator[str]:
 
 
 def posterior_moments(posterior: Posterior, names: Mapping[str, Moments]) -> dict[str, Moments]:
-    """Moments of every site that a reference name speaks of."""
+    """Moments of every site that a reference name speaks of; ``abs_x`` is the magnitude of ``x``."""
     found: dict[str, Moments] = {}
+    known = {v.name for v in posterior.bound.graph.latents}
     for site in dict.fromkeys(name.partition("[")[0] for name in names):
-        mean, sd = posterior.mean(site), posterior.sd(site)
+        if site.startswith("abs_") and site not in known:
+            mean, sd = _of_magnitude(posterior, site.removeprefix("abs_"))
+        else:
+            mean, sd = posterior.mean(site), posterior.sd(site)
         found |= _scalars(site, mean, sd)
     return found
 
@@ -101,6 +129,38 @@ def smallest(values: Mapping[str, Tensor]) -> float:
 def largest(values: Mapping[str, Tensor]) -> float:
     """Largest entry over all sites; NaN when there is none."""
     return max((float(torch.as_tensor(v).max()) for v in values.values()), default=float("nan"))
+
+
+def cell(values: Sequence[Any]) -> str:
+    """Of a table: the median over seeds and their range, or the worst verdict.
+
+    >>> cell([0.1, 0.3, 0.2]), cell(["good: fine.", "check: look."])
+    ('0.2 (0.1 to 0.3)', 'check')
+    """
+    if isinstance(values[0], str):
+        worst = max(
+            values, key=lambda v: ("good", "check", "unreliable").index(v.partition(":")[0])
+        )
+        return worst.partition(":")[0]
+    centre, low, high = median(values), min(values), max(values)
+    return number(centre) if low == high else f"{number(centre)} ({number(low)} to {number(high)})"
+
+
+def number(value: float) -> str:
+    """Three digits, and no decimals where they say nothing."""
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:.0f}" if isinstance(value, int) or abs(value) >= 100 else f"{value:.3g}"
+
+
+_LEVELS = 4000
+
+
+def _of_magnitude(posterior: Posterior, site: str) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of |x|, by the quantiles of x: of any kind of marginal."""
+    levels = (torch.arange(_LEVELS, dtype=torch.float64) + 0.5) / _LEVELS
+    values = posterior.quantile(site, levels).abs()
+    return values.mean(0), values.std(0, correction=0)
 
 
 def _scalars(site: str, mean: Tensor, sd: Tensor) -> dict[str, Moments]:

@@ -11,7 +11,9 @@ and chains along ordered plates.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import opt_einsum
@@ -30,13 +32,14 @@ from ppl.inference.steps import (
     Weigh,
 )
 
+_FUSED_ELEMENTS = 1 << 16  # entries up to which sums of factors are one step
 _PRODUCT_ELEMENTS = 100_000  # joint entries from which a two-factor step is a matrix product
 
 
 class Compiler:
     """Grows a list of steps; ``stop`` names a plate below whose contexts elimination ends."""
 
-    def __init__(self, layout: Layout, *, tree: bool, stop: str | None = None) -> None:
+    def __init__(self, layout: Layout, *, tree: bool | None, stop: str | None = None) -> None:
         self.layout, self.tree, self.stop = layout, tree, stop
         self.steps: list[Step] = []
         self.count = 0
@@ -55,7 +58,8 @@ class Compiler:
             group = [t for t in self.live if t.context == context]
             self.live = [t for t in self.live if t.context != context]
             self._process(context, group)
-        return Program(self.layout, scopes, list(terms), self.steps, self.outputs)
+        steps = _fused(self.steps, self.outputs)
+        return Program(self.layout, scopes, list(terms), steps, self.outputs)
 
     def _keep(self, term: Term) -> None:
         open_axes = [a for a in term.axes if a not in self.layout.batch]
@@ -328,6 +332,38 @@ class Compiler:
             starts = [t for t in starts if t not in touching]
             starts.append(self._eliminate(home, touching, {axis}))
         return starts
+
+
+def _fused(steps: list[Step], outputs: Sequence[Term]) -> list[Step]:
+    """Small sums of factors taken into the one step that reads them: calls cost more than the additions."""
+    readers = Counter(t.slot for s in steps for t in s.inputs) + Counter(t.slot for t in outputs)
+    added: dict[int, tuple[Term, ...]] = {}
+    out: list[Step] = []
+    for step in steps:
+        if type(step) is Combine and any(t.slot in added for t in step.inputs):
+            parts = [p for t in step.inputs for p in added.pop(t.slot, (t,))]
+            step = replace(step, inputs=tuple(parts))
+        others = [t.slot for t in step.inputs if t.slot in added]
+        out += [_written(added.pop(slot), slot, steps) for slot in others]
+        slot, final = step.output.slot, {t.slot for t in outputs}
+        small = step.elements <= _FUSED_ELEMENTS
+        if (
+            type(step) is Combine
+            and not step.summed
+            and small
+            and readers[slot] == 1
+            and slot not in final
+        ):
+            added[slot] = step.inputs
+        else:
+            out.append(step)
+    return out
+
+
+def _written(parts: tuple[Term, ...], slot: int, steps: Sequence[Step]) -> Step:
+    """The sum by itself after all, for a reader that is not a sum."""
+    made = next(s for s in steps if s.output.slot == slot)
+    return replace(made, inputs=parts)
 
 
 def _components(group: Sequence[Term], owned: set[str]) -> list[list[Term]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,14 +19,14 @@ class _LogSumProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, dims: tuple[int, ...], overwrite: bool) -> Tensor:
-        exponentials, total, out = _shifted(x, y, dims, overwrite and not x.requires_grad)
+    def forward(ctx: Any, x: Tensor, y: Tensor, dims: tuple[int, ...]) -> Tensor:
+        exponentials, total, out = shifted(x, y, dims, False)
         ctx.save_for_backward(exponentials, total)
         ctx.shapes = x.shape, y.shape
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         exponentials, total = ctx.saved_tensors
         scaled = (grad / total).masked_fill(total == 0, 0.0)
         need_x, need_y, *_ = ctx.needs_input_grad
@@ -33,15 +34,15 @@ class _LogSumProduct(torch.autograd.Function):
             _summed_product(exponentials, scaled, ctx.shapes[0]) if need_x else None,
             _summed_product(exponentials, scaled, ctx.shapes[1]) if need_y else None,
             None,
-            None,
         )
 
 
-def _shifted(
+def shifted(
     x: Tensor, y: Tensor, dims: tuple[int, ...], overwrite: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``exp(x + y - top)``, its sum over ``dims``, and ``top + log(sum)``; ``dims`` are kept as ones.
 
+    With ``overwrite`` the memory of ``x`` may hold the exponentials.
     A large array is made a few rows at a time, so that its five passes run in the cache.
     """
     rows = x.numel() // _CACHE_ELEMENTS
@@ -71,8 +72,8 @@ def _shifted_block(
     x: Tensor, y: Tensor, dims: tuple[int, ...], into: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     joint = torch.add(x, y) if into is None else torch.add(x, y, out=into)
-    top = joint.amax(dims, keepdim=True)
-    top = top.masked_fill(top == -torch.inf, 0.0)
+    # Where all are -inf the shift is any number that leaves them so.
+    top = joint.amax(dims, keepdim=True).clamp(min=torch.finfo(joint.dtype).min)
     exponentials = joint.sub_(top).exp_()
     total = exponentials.sum(dims, keepdim=True)
     return exponentials, total, top + total.log()
@@ -92,16 +93,26 @@ def _summed_product(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
     return torch.einsum(f"{spell[0]},{spell[1]}->{spell[2]}", a, small).reshape(shape)
 
 
-def log_sum_product(
-    x: Tensor, y: Tensor, dims: tuple[int, ...], *, overwrite: bool = False
-) -> Tensor:
+def summed_products(
+    a: Tensor | None, b: Tensor, dims: Sequence[tuple[int, ...]]
+) -> list[Tensor]:
+    """Sums of ``a * b`` over each of several sets of dimensions, which are kept as ones; ``a`` None for ones."""
+    if a is None or a.numel() < _CACHE_ELEMENTS:
+        both = b if a is None else a * b
+        return [both.sum(d, keepdim=True) if d else both for d in dims]
+    return [
+        _summed_product(a, b, torch.Size(1 if i in d else n for i, n in enumerate(a.shape)))
+        for d in dims
+    ]
+
+
+def log_sum_product(x: Tensor, y: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Log of the sum over ``dims`` of ``exp(x + y)``; a slice that is all -inf gives -inf.
 
     Args:
         x: log-values, broadcast against ``y``.
         y: log-values.
         dims: dimensions summed over; none for the plain sum ``x + y``.
-        overwrite: whether the memory of ``x`` may hold the exponentials.
 
     Returns:
         The broadcast shape without ``dims``.
@@ -112,8 +123,8 @@ def log_sum_product(
     if not dims:
         return x + y
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-        return _LogSumProduct.apply(x, y, dims, overwrite).squeeze(dims)
-    return torch.logsumexp(x + y, dims)
+        return _LogSumProduct.apply(x, y, dims).squeeze(dims)
+    return shifted(x, y, dims, False)[2].squeeze(dims)
 
 
 def log_sum(x: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -142,32 +153,101 @@ def log_matmul(a: Tensor, b: Tensor) -> Tensor:
     >>> log_matmul(torch.tensor([[0.0, -200.0]]), torch.tensor([[-200.0], [0.0]]))
     tensor([[-199.3069]])
     """
-    row, column = a.detach().amax(-1, keepdim=True), b.detach().amax(-2, keepdim=True)
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        return _LogMatmul.apply(a, b)
+    return shifted_product(a, b).log
+
+
+class _Lost(NamedTuple):
+    """Entries of a product that were summed the plain way, and the weights ``[n, S]`` of their terms."""
+
+    entries: tuple[Tensor, ...]
+    weights: Tensor
+
+
+class Shifted(NamedTuple):
+    """The log of a product of exponentials, and what its derivative needs."""
+
+    log: Tensor
+    left: Tensor  # shifted exponentials
+    right: Tensor
+    product: Tensor
+    lost: _Lost | None  # to underflow
+
+
+def shifted_product(a: Tensor, b: Tensor) -> Shifted:
+    """:func:`log_matmul` with what its derivative needs."""
+    row, column = a.amax(-1, keepdim=True), b.amax(-2, keepdim=True)
     shift_a = row.masked_fill(row.isinf(), 0.0)
     shift_b = column.masked_fill(column.isinf(), 0.0)
-    product = (a - shift_a).exp() @ (b - shift_b).exp()
+    left, right = (a - shift_a).exp_(), (b - shift_b).exp_()
+    product = left @ right
     info = torch.finfo(product.dtype)
-    low = product.detach() < a.shape[-1] * info.tiny / info.eps
-    if not low.any():
-        return product.log() + shift_a + shift_b
-    log = product.masked_fill(low, 1.0).log() + shift_a + shift_b
-    return _redo(
-        log.masked_fill(low, -torch.inf), a, b, low & (row > -torch.inf) & (column > -torch.inf)
-    )
-
-
-def _redo(log: Tensor, a: Tensor, b: Tensor, where: Tensor) -> Tensor:
-    """Replace the entries of ``log`` marked in ``where`` by plain log-sum-exps."""
+    low = a.shape[-1] * info.tiny / info.eps
+    log = product.log().add_(shift_a).add_(shift_b)
+    if not product.numel() or bool(product.min() >= low):
+        return Shifted(log, left, right, product, None)
+    where = (product < low) & (row > -torch.inf) & (column > -torch.inf)
+    log = log.masked_fill(product < low, -torch.inf)
     entries = where.nonzero()
     if not len(entries):
-        return log
-    batch = log.shape[:-2]
+        return Shifted(log, left, right, product, None)
+    exact, weights = _plain(a, b, entries, log.shape[:-2])
+    log = log.index_put(entries.unbind(-1), exact)
+    return Shifted(log, left, right, product, _Lost(entries.unbind(-1), weights))
+
+
+def _plain(a: Tensor, b: Tensor, entries: Tensor, batch: torch.Size) -> tuple[Tensor, Tensor]:
+    """Plain log-sum-exps of some entries ``[n, batch + 2]`` of a product, and the weights of their terms."""
     rows, columns = a.expand(*batch, *a.shape[-2:]), b.expand(*batch, *b.shape[-2:]).mT
-    exact = []
+    exact, weights = [], []
     for part in entries.split(max(1, _REDO_ELEMENTS // a.shape[-1])):
         *front, left, right = part.unbind(-1)
-        exact.append(log_sum_product(rows[(*front, left)], columns[(*front, right)], (-1,)))
-    return log.index_put(entries.unbind(-1), torch.cat(exact))
+        joint = rows[(*front, left)] + columns[(*front, right)]
+        exact.append(torch.logsumexp(joint, -1))
+        top = exact[-1].masked_fill(exact[-1] == -torch.inf, 0.0)
+        weights.append(joint.sub_(top.unsqueeze(-1)).exp_())
+    return torch.cat(exact), torch.cat(weights)
+
+
+class _LogMatmul(torch.autograd.Function):
+    """The same with the shifted exponentials kept, so that the backward pass takes none."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        made = shifted_product(a, b)
+        ctx.lost = made.lost
+        ctx.save_for_backward(made.left, made.right, made.product)
+        return made.log
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        made = Shifted(grad, *ctx.saved_tensors, ctx.lost)
+        first, second = matmul_gradients(made, grad, ctx.needs_input_grad)
+        return first, second
+
+
+def matmul_gradients(
+    made: Shifted, grad: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of both sides of :func:`log_matmul` from that of its result, where they are wanted."""
+    _, left, right, product, lost = made
+    share = (grad / product).masked_fill_(product == 0, 0.0)
+    if lost is not None:
+        share = share.index_put(lost.entries, share.new_zeros(()))
+    first = _of_left(left, share @ right.mT, grad, lost, 0) if wanted[0] else None
+    second = _of_left(right.mT, share.mT @ left, grad, lost, 1).mT if wanted[1] else None
+    return first, second
+
+
+def _of_left(side: Tensor, product: Tensor, grad: Tensor, lost: _Lost | None, other: int) -> Tensor:
+    """Gradient ``[*batch, rows, S]`` of one side, ``other`` telling which, with its states last."""
+    made = product.mul_(side)
+    if lost is not None:
+        *front, left, right = lost.entries
+        spread = grad[lost.entries].unsqueeze(-1) * lost.weights
+        made.index_put_((*front, (left, right)[other]), spread, accumulate=True)
+    return made.sum_to_size(side.shape)
 
 
 def wide(x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from ppl.errors import DataError
 from ppl.inference.drawing import Chosen
 from ppl.inference.layout import Layout, LogFactor, Term
-from ppl.inference.steps import Slots, Step
+from ppl.inference.steps import Pull, Reduce, Slots, Step, Wanted, Weigh, inverse
 
 _DRAW_ELEMENTS = 1 << 24  # probabilities held at a time while drawing
 
@@ -28,7 +28,8 @@ class Program:
         outputs: list[Term],
     ) -> None:
         self.layout, self.scopes, self.steps, self.outputs = layout, scopes, steps, outputs
-        self.slots = len(inputs) + len(steps)
+        self._known: dict[tuple[int, ...], list[Wanted]] = {}
+        self.extra = max((s.output.slot + 1 for s in steps), default=len(inputs)) - len(inputs)
         self.loads = [_load(layout, s, t) for s, t in zip(scopes, inputs, strict=True)]
         self.flops = sum(step.work for step in steps)
         sizes = [
@@ -53,21 +54,85 @@ class Program:
             )
         return log if order is None else log.permute(order)
 
+    def unload(self, tensor: Tensor, i: int) -> Tensor:
+        """A tensor like that of input ``i`` with its axes as in the scope: the inverse of :meth:`load`."""
+        order = self.loads[i][1]
+        return tensor if order is None else tensor.permute(inverse(order))
+
     def run(self, tensors: Sequence[Tensor]) -> Slots:
         """All slots after all steps."""
-        slots: Slots = [*tensors, *[None] * len(self.steps)]
+        slots: Slots = [*tensors, *[None] * self.extra]
         for step in self.steps:
             step(slots)
         return slots
 
-    def results(self, tensors: Sequence[Tensor], overwrite: bool = False) -> list[Tensor]:
+    def results(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The output factors; intermediate arrays are let go as soon as autograd lets them."""
-        slots: Slots = [*tensors, *[None] * len(self.steps)]
+        slots: Slots = [*tensors, *[None] * self.extra]
         for step in self.steps:
-            step(slots, overwrite)
+            step(slots)
             for term in step.inputs:
                 slots[term.slot] = None
         return [slots[term.slot] for term in self.outputs]
+
+    def gradients(
+        self,
+        tensors: Sequence[Tensor],
+        watched: tuple[int, ...],
+        overwrite: bool = False,
+        power: float = 1.0,
+    ) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], list[Tensor]]]:
+        """The output factors, and what turns their gradients into those of the inputs ``watched``.
+
+        ``power`` is an exponent of what plates say of the axes outside all plates.
+        """
+        slots: Slots = [*tensors, *[None] * self.extra]
+        pulls: list[tuple[Step, Pull]] = []
+        for step, wanted in zip(self.steps, self._wanted(watched), strict=True):
+            if any(wanted):
+                read = [slots[t.slot] for t in step.inputs]
+                slots[step.output.slot], pull = step.pulled(read, wanted, overwrite)
+                pulls.append((step, pull))
+            else:
+                step(slots)
+            if power != 1.0 and _leaves_plates(step):
+                slots[step.output.slot] = power * slots[step.output.slot]
+            for term in step.inputs:
+                slots[term.slot] = None
+        shapes = [tensors[i].shape for i in watched]
+        example = tensors[0]
+
+        def backward(grads: Sequence[Tensor]) -> list[Tensor]:
+            at: dict[int, Tensor] = {}
+            for term, grad in zip(self.outputs, grads, strict=True):
+                at[term.slot] = grad
+            while pulls:  # memory is let go on the way
+                step, pull = pulls.pop()
+                if step.output.slot in at:
+                    grad = at.pop(step.output.slot)
+                    found = pull(power * grad if power != 1.0 and _leaves_plates(step) else grad)
+                    at |= {
+                        t.slot: g
+                        for t, g in zip(step.inputs, found, strict=True)
+                        if g is not None
+                    }
+            return [
+                at[i] if i in at else example.new_zeros(shape)
+                for i, shape in zip(watched, shapes, strict=True)
+            ]
+
+        return [slots[term.slot] for term in self.outputs], backward
+
+    def _wanted(self, watched: tuple[int, ...]) -> list[Wanted]:
+        """Which inputs of each step depend on those ``watched``."""
+        if watched not in self._known:
+            found, made = set(watched), []
+            for step in self.steps:
+                made.append(tuple(t.slot in found for t in step.inputs))
+                if any(made[-1]):
+                    found.add(step.output.slot)
+            self._known[watched] = made
+        return self._known[watched]
 
     def draw(self, slots: Slots, chosen: Chosen, n: int, generator: torch.Generator | None) -> None:
         """Draw the axes that the steps summed, last step first, given those ``chosen``."""
@@ -79,6 +144,11 @@ class Program:
                 step.draw(slots, given, len(part), generator)
                 drawn.append(given)
             chosen |= {a: torch.cat([d[a] for d in drawn]) for a in drawn[0] if a not in chosen}
+
+
+def _leaves_plates(step: Step) -> bool:
+    """Whether a step multiplies over the last plate around a factor."""
+    return isinstance(step, (Reduce, Weigh)) and not set(step.output.context) - {step.plate}
 
 
 def _load(

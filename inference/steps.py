@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,24 @@ from torch import Tensor
 from ppl.inference import chains
 from ppl.inference.drawing import Chosen, selected, unravel
 from ppl.inference.layout import Chain, Layout, Term
-from ppl.inference.logspace import draw_categorical, log_matmul, log_sum_product, wide
+from ppl.inference.logspace import (
+    draw_categorical,
+    log_matmul,
+    log_sum_product,
+    matmul_gradients,
+    shifted,
+    shifted_product,
+    summed_products,
+    wide,
+)
+
+# Entries of a chain's message up to which small matrix products in a tree beat the many steps of a scan.
+_TREE_ENTRIES = 64
 
 Slots = list[Any]  # tensors, None where nothing stands yet
+Wanted = tuple[bool, ...]  # whether the gradient of each input is asked for
+# From the gradient of a step's result, those of its inputs; None for one that is not wanted.
+Pull = Callable[[Tensor], Sequence[Tensor | None]]
 
 
 class IndexCache:
@@ -41,18 +56,27 @@ class Step:
     elements: int = 0  # entries of the largest array it makes
     work: int = 0  # additions and exponentials, about
 
-    def __call__(self, slots: Slots, overwrite: bool = False) -> None:
-        tensors = [slots[term.slot] for term in self.inputs]
-        slots[self.output.slot] = (
-            self.overwriting(*tensors) if overwrite else self.compute(*tensors)
-        )
+    def __call__(self, slots: Slots) -> None:
+        slots[self.output.slot] = self.compute(*[slots[term.slot] for term in self.inputs])
 
     def compute(self, *tensors: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def overwriting(self, *tensors: Tensor) -> Tensor:
-        """The same, free to use the memory of its inputs."""
-        return self.compute(*tensors)
+    def pulled(self, tensors: Sequence[Tensor], wanted: Wanted, overwrite: bool) -> tuple[Tensor, Pull]:
+        """The result, and its derivative: by autograd where the step has no rule of its own.
+
+        With ``overwrite`` the memory of the inputs may be used.
+        """
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
+            out = self.compute(*leaves)
+        watched = [t for t in leaves if t.requires_grad]
+
+        def pull(grad: Tensor) -> list[Tensor | None]:
+            found = iter(torch.autograd.grad(out, watched, grad, materialize_grads=True))
+            return [next(found) if w else None for w in wanted]
+
+        return out.detach(), pull
 
     @property
     def cells(self) -> int:
@@ -70,9 +94,14 @@ def _aligned(axes: Sequence[str], sizes: Mapping[str, int], onto: Sequence[str])
     return tuple(sizes[a] if a in axes else 1 for a in onto)
 
 
+def inverse(order: Sequence[int]) -> list[int]:
+    """The permutation that undoes another."""
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
 @dataclass(kw_only=True, eq=False)
 class Combine(Step):
-    """Add one or two factors and sum ``summed`` out by log-sum-exp, through the joint array."""
+    """Add factors and sum ``summed`` out by log-sum-exp, through the joint array."""
 
     summed: tuple[str, ...]
 
@@ -81,18 +110,53 @@ class Combine(Step):
         self.elements = self.work = math.prod(self.layout.shape(self.joint))
         self.shapes = [_aligned(t.axes, self.layout.size_of, self.joint) for t in self.inputs]
         self.dims = tuple(self.joint.index(a) for a in self.summed)
+        sizes = [math.prod(shape) for shape in self.shapes]
+        self.largest = sizes.index(max(sizes))
+        self.plain = [self.layout.shape(t.axes) for t in self.inputs]
+        self.is_plain = [a == b for a, b in zip(self.shapes, self.plain, strict=True)]
+        full = self.layout.shape(self.joint)
+        self.dims_of = [
+            tuple(d for d, (a, b) in enumerate(zip(shape, full, strict=True)) if a == 1 < b)
+            for shape in self.shapes
+        ]
+        self.kept = tuple(1 if d in self.dims else n for d, n in enumerate(full))
 
     def compute(self, *tensors: Tensor) -> Tensor:
         return log_sum_product(*self._pair(tensors), self.dims)
 
-    def overwriting(self, *tensors: Tensor) -> Tensor:
-        return log_sum_product(*self._pair(tensors), self.dims, overwrite=True)
+    def pulled(self, tensors: Sequence[Tensor], wanted: Wanted, overwrite: bool) -> tuple[Tensor, Pull]:
+        x, y = self._pair(tensors)
+        if self.dims:
+            exponentials, total, out = shifted(x, y, self.dims, overwrite)
+            out = out.squeeze(self.dims)
+        else:
+            exponentials, total, out = None, None, x + y
+
+        def pull(grad: Tensor) -> list[Tensor | None]:
+            grad = grad.reshape(self.kept)
+            # The largest term of a sum is one, unless all are zero.
+            scaled = grad if total is None else grad / total.clamp(min=1.0)
+            dims = [d for d, w in zip(self.dims_of, wanted, strict=True) if w]
+            found = iter(summed_products(exponentials, scaled, dims))
+            return [
+                next(found).reshape(shape) if w else None
+                for w, shape in zip(wanted, self.plain, strict=True)
+            ]
+
+        return out, pull
 
     def _pair(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        first, *rest = [t.reshape(shape) for t, shape in zip(tensors, self.shapes, strict=True)]
-        if rest and rest[0].numel() > first.numel():
-            first, rest = rest[0], [first]
-        return first, rest[0] if rest else first.new_zeros(())
+        parts = [
+            t if same else t.reshape(shape)
+            for t, shape, same in zip(tensors, self.shapes, self.is_plain, strict=True)
+        ]
+        first = parts.pop(self.largest)
+        if not parts:
+            return first, first.new_zeros(())
+        rest = parts[0]
+        for part in parts[1:]:
+            rest = rest + part
+        return first, rest
 
     @property
     def cells(self) -> int:
@@ -137,13 +201,32 @@ class Product(Combine):
             count[1] * count[2], count[2] * count[3], count[1] * count[3]
         )
 
-    def overwriting(self, *tensors: Tensor) -> Tensor:
-        return self.compute(*tensors)
-
     def compute(self, *tensors: Tensor) -> Tensor:
+        return self._unfolded(log_matmul(*self._matrices(tensors)))
+
+    def pulled(self, tensors: Sequence[Tensor], wanted: Wanted, overwrite: bool) -> tuple[Tensor, Pull]:
+        made = shifted_product(*self._matrices(tensors))
+
+        def pull(grad: Tensor) -> list[Tensor | None]:
+            folded = grad.permute(inverse(self.order_out)).reshape(made.log.shape)
+            found = matmul_gradients(made, folded, wanted)
+            return [
+                g if g is None else self._input(g, t, order)
+                for g, t, order in zip(found, self.inputs, (self.order_a, self.order_b), strict=True)
+            ]
+
+        return self._unfolded(made.log), pull
+
+    def _matrices(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         a = tensors[0].permute(self.order_a).reshape(self.shape_a)
-        b = tensors[1].permute(self.order_b).reshape(self.shape_b)
-        return log_matmul(a, b).reshape(self.shape_out).permute(self.order_out)
+        return a, tensors[1].permute(self.order_b).reshape(self.shape_b)
+
+    def _unfolded(self, made: Tensor) -> Tensor:
+        return made.reshape(self.shape_out).permute(self.order_out)
+
+    def _input(self, made: Tensor, term: Term, order: list[int]) -> Tensor:
+        shape = self.layout.shape(term.axes)
+        return made.reshape([shape[i] for i in order]).permute(inverse(order))
 
     def __str__(self) -> str:
         return super().__str__() + " (matrix product)"
@@ -231,6 +314,19 @@ class Reduce(Step):
         total = zeros.index_add(0, self.index.on(x.device), logs)
         return total.to(x.dtype).reshape(self.shape_out).permute(self.order_out)
 
+    def pulled(self, tensors: Sequence[Tensor], wanted: Wanted, overwrite: bool) -> tuple[Tensor, Pull]:
+        shape = tensors[0].shape
+
+        def pull(grad: Tensor) -> list[Tensor | None]:
+            if not self.targets:
+                return [grad.unsqueeze(self.dim).expand(shape)]
+            rows = grad.permute(inverse(self.order_out)).reshape(self.groups, -1)
+            picked = rows.index_select(0, self.index.on(grad.device))
+            rest = [n for d, n in enumerate(shape) if d != self.dim]
+            return [picked.reshape(shape[self.dim], *rest).movedim(0, self.dim)]
+
+        return self.compute(*tensors), pull
+
     def __str__(self) -> str:
         within = f" within {', '.join(self.targets)}" if self.targets else ""
         return f"multiply over {self.plate}{within} -> [{', '.join(self.output.axes)}]"
@@ -274,7 +370,7 @@ class ChainSum(Step):
     """
 
     chains: tuple[Chain, ...]
-    tree: bool
+    tree: bool | None  # None: where it is faster
 
     def __post_init__(self) -> None:
         self.plate = self.chains[0].plate
@@ -285,13 +381,28 @@ class ChainSum(Step):
         self.size = math.prod(self.layout.shape(self.states))
         self.length = self.layout.size_of[self.plate]
         self.joint = (*self.outer, self.plate, *self.previous, *self.states)
-        cells = math.prod(self.layout.shape(self.outer)) * max(self.length - 1, 1)
-        self.elements = cells * self.size**2
-        self.work = self.elements * (self.size if self.tree else 1)
+        outer, steps = math.prod(self.layout.shape(self.outer)), max(self.length - 1, 1)
+        self.is_tree = outer * self.size <= _TREE_ENTRIES if self.tree is None else self.tree
+        self.work = outer * steps * self.size**2
+        if self.is_tree:
+            self.elements = self.work
+            self.work *= self.size
+            return
+        # A scan holds the matrices as they are, and the messages of all times for the backward pass.
+        matrices = {a for t in self.inputs for a in t.axes if self._moves(t) and a in self.outer}
+        shared = math.prod(self.layout.shape(matrices))
+        self.elements = steps * self.size * max(shared * self.size, outer)
+
+    def _moves(self, term: Term) -> bool:
+        axes = set(term.axes)
+        return bool(axes & set(self.previous)) and bool(axes & set(self.states))
 
     def compute(self, *tensors: Tensor) -> Tensor:
-        parts = self._parts(tensors)
-        total = chains.tree(*parts) if self.tree else chains.scan(*parts)
+        first, units, step, leave = self._parts(tensors)
+        if self.is_tree:
+            total = chains.tree(first, sum(units[1:], units[0]), chains.with_leave(step, leave))
+        else:
+            total = chains.scan(first, units, step, leave)
         return total.expand(self.layout.shape(self.outer))
 
     @property
@@ -299,21 +410,44 @@ class ChainSum(Step):
         plates = self.layout.innermost(self.output.context)
         return math.prod(self.layout.shape(plates)) * self.length * self.size
 
-    def _parts(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """First [*outer, S], unary [*outer, T, S], step [*outer, T - 1, S, S] or None for T = 1."""
+    def _parts(
+        self, tensors: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor], Tensor | None, Tensor | None]:
+        """First [*outer, S], units [*outer, T, S], step [*outer, T - 1, S, S] or None for T = 1, and factors of the
+        state before alone [*outer, T - 1, S], or None.
+        """
         first = tensors[0].new_zeros(self.size)
-        unary = tensors[0].new_zeros((self.length, self.size))
-        step = tensors[0].new_zeros((self.length - 1, self.size, self.size))
+        units: list[Tensor] = []
+        step: Tensor | None = None
+        leave: Tensor | None = None
         for term, tensor in zip(self.inputs, tensors, strict=True):
-            if set(term.axes) & set(self.previous):
+            if self._is_leave(term, tensor):
+                part = self._flat(term, tensor, self.previous, (self.plate,))
+                leave = part if leave is None else leave + part
+            elif set(term.axes) & set(self.previous):
                 head, tail = self._transition(term, tensor)
-                step = step + tail
+                step = tail if step is None else step + tail
                 first = first if head is None else first + head
             elif self.plate in term.context:
-                unary = unary + self._flat(term, tensor, self.states, (self.plate,))
+                units.append(self._flat(term, tensor, self.states, (self.plate,)))
             else:
                 first = first + self._flat(term, tensor, self.firsts, ())
-        return first, unary, step if self.length > 1 else None
+        lengths = {u.shape[-2] for u in units}
+        if self.length not in lengths:
+            units.append(tensors[0].new_zeros((self.length, self.size)))
+        if self.length == 1:
+            return first, units, None, None
+        if step is None:
+            step = tensors[0].new_zeros((1, self.size, self.size))
+        step = step.expand(*step.shape[:-3], self.length - 1, *step.shape[-2:])
+        return first, units, step, leave
+
+    def _is_leave(self, term: Term, tensor: Tensor) -> bool:
+        """Whether a factor reads the states before and not the present ones."""
+        axes = set(term.axes)
+        if not axes & set(self.previous) or axes & set(self.states) or self.plate not in axes:
+            return False
+        return tensor.shape[term.axes.index(self.plate)] == self.length - 1
 
     def _transition(self, term: Term, tensor: Tensor) -> tuple[Tensor | None, Tensor]:
         """The transition of t >= 1 and, of a padded factor, what it says of the first state."""
@@ -348,7 +482,8 @@ class ChainSum(Step):
         return aligned.expand(*front, *self.layout.shape(states)).reshape(*front, self.size)
 
     def draw(self, slots: Slots, chosen: Chosen, n: int, generator: torch.Generator | None) -> None:
-        first, unary, step = self._parts([slots[t.slot] for t in self.inputs])
+        first, units, step, leave = self._parts([slots[t.slot] for t in self.inputs])
+        unary, step = sum(units[1:], units[0]), chains.with_leave(step, leave)
         context, layout, outer = self.output.context, self.layout, self.outer
 
         def pick(x: Tensor, ends: tuple[str, ...], keep: str, given: Chosen) -> Tensor:

@@ -38,6 +38,8 @@ class Compiler:
         masks: names of observed variables with missing entries; the mask is the input
             ``name@mask``.
         rules: ``"vmap"`` uses the fallback everywhere (a test compares the two).
+        training: whether batch norms take the statistics of the elements at hand, over the axes
+            of their plates, instead of those they are given.
     """
 
     def __init__(
@@ -50,8 +52,10 @@ class Compiler:
         device: torch.device | str = "cpu",
         masks: Sequence[str] = (),
         rules: Rules = "all",
+        training: bool = False,
     ) -> None:
         self.graph, self.axes, self.rules, self.masks = graph, axes, rules, frozenset(masks)
+        self.training = training
         self.rank = {axis: i for i, axis in enumerate(order)}
         self.dtype, self.device = dtype, torch.device(device)
         self.inputs: dict[str, int] = {}
@@ -60,7 +64,10 @@ class Compiler:
         self.aligned: dict[Any, int] = {}
         # The ordered plate whose first element is left out, while a transition is compiled.
         self.along: str | None = None
-        self._memo: dict[tuple[str | None, int], Operand] = {}
+        # Inputs that stand in for variables while one factor is compiled, and the name of that factor.
+        self.instead: Mapping[str, str] = {}
+        self._within: str | None = None
+        self._memo: dict[tuple[str | None, str | None, int], Operand] = {}
 
     # ---- factors -----------------------------------------------------------------------------
 
@@ -158,7 +165,7 @@ class Compiler:
     def operand(self, item: Any) -> Operand:
         """Compile a reference, or place a constant."""
         if isinstance(item, Ref):
-            key = (self.along, item.id)
+            key = (self.along, self._within, item.id)
             if key not in self._memo:
                 self._memo[key] = self._node(self.graph.nodes[item.id])
             return self._memo[key]
@@ -173,6 +180,24 @@ class Compiler:
             return self.operand(item)
         with self._later(None):
             return self.operand(item)
+
+    @contextmanager
+    def renamed(
+        self, factor: str, names: Mapping[str, str], axes: Mapping[str, tuple[str, ...]]
+    ) -> Iterator[None]:
+        """Compile a factor with other inputs in the place of some variables.
+
+        Args:
+            factor: its name; nothing is shared with other factors.
+            names: variable -> input.
+            axes: of the inputs.
+        """
+        self.axes = {**self.axes, **axes}
+        before, self.instead, self._within = (self.instead, self._within), names, factor
+        try:
+            yield
+        finally:
+            self.instead, self._within = before
 
     @contextmanager
     def _later(self, plate: str | None) -> Iterator[None]:
@@ -214,7 +239,8 @@ class Compiler:
 
     def variable(self, name: str, part: str, plate: str) -> Operand:
         """A variable's array, whole or the ``first``, ``next``, ``previous`` part along a plate."""
-        axes, slot = self.axes[name], self.input(name)
+        array = self.instead.get(name, name)
+        axes, slot = self.axes[array], self.input(array)
         event = len(self.graph.variables[name].event_shape)
         if not part or plate not in axes:  # an enumerated chain has the same values everywhere
             axes = self._primed(axes) if part == "previous" else axes

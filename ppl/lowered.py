@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -47,9 +48,22 @@ class Lowered:
         slots = self.base.copy()
         for name, slot in self.inputs.items():
             slots[slot] = arrays[name]
-        for run, inputs, out in self.steps:
+        for (run, inputs, out), done in zip(self.steps, self._done, strict=True):
             slots[out] = run(*[slots[i] for i in inputs])
+            for i in done:  # memory is free for the next step
+                slots[i] = None
         return [slots[i] for i in self.outputs]
+
+    @cached_property
+    def _done(self) -> list[tuple[int, ...]]:
+        """For each step, the slots that nothing reads after it."""
+        last = {i: n for n, step in enumerate(self.steps) for i in (*step.inputs, step.out)}
+        kept = set(self.outputs)
+        done: list[list[int]] = [[] for _ in self.steps]
+        for i, n in last.items():
+            if i not in kept:
+                done[n].append(i)
+        return [tuple(slots) for slots in done]
 
     def given(self, arrays: Mapping[str, Tensor]) -> Lowered:
         """The same function with some inputs fixed; what depends on them alone is computed now."""

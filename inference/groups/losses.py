@@ -121,11 +121,21 @@ class LogDensity(Loss):
             low = self.floor * (curve.abs() + size) + torch.finfo(curve.dtype).tiny
             root = torch.maximum(curve, low).sqrt()
             return root, gradient[..., 0] / root
-        values, vectors = torch.linalg.eigh(hessian)
+        values, vectors = _eigen(hessian)
         low = self.floor * (values.abs().amax(-1) + size) + torch.finfo(size.dtype).tiny
         root = torch.maximum(values, low.unsqueeze(-1)).sqrt().unsqueeze(-1)
         turned = vectors.mT @ gradient.unsqueeze(-1)
         return root * vectors.mT, (turned / root).squeeze(-1)
+
+
+def _eigen(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and vectors of symmetric matrices ``[..., b, b]``; those of matrices that are not finite are NaN."""
+    # Of a density that overflows, one block would fail them all: the solver does not get it to see. Nor does it see sizes.
+    size = matrices.abs().amax((-2, -1), keepdim=True)
+    scale = torch.where(size > 0, size, 1.0)
+    scaled = torch.where(size.isfinite(), matrices / scale, 0.0)
+    values, vectors = torch.linalg.eigh(scaled)
+    return values * torch.where(size.isfinite(), scale, torch.nan).squeeze(-1), vectors
 
 
 def derivatives(
