@@ -10,7 +10,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PYTEST_ARGS ?=
 TORCH_INDEX ?=
-BENCHMARKS := benchmarks/qem_speed.py benchmarks/posteriordb.py benchmarks/gbp_pose_graphs.py \
+BENCHMARKS := benchmarks/qem_speed.py benchmarks/posteriordb.py benchmarks/nuts_reference.py \
+              benchmarks/qem_scale.py benchmarks/qem_paper benchmarks/gbp_pose_graphs.py \
               benchmarks/gbp_grids.py benchmarks/gbp_bundle.py benchmarks/amp_sparse.py \
               benchmarks/amp_glm.py benchmarks/amp_scale.py benchmarks/amp_phase.py
 

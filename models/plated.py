@@ -135,9 +135,7 @@ def covid(weekly: bool = False) -> Split:
     arrays = arrays_of(f"covid/covid_{'weekly' if weekly else 'daily'}.npz", _COVID_SOURCE)
     times = int(arrays.pop("n_train"))
     arrays = {name: array.astype(float) for name, array in arrays.items()}
-    return Split(
-        *({k: a[:, part] for k, a in arrays.items()} for part in _before_and_after(times))
-    )
+    return Split(*({k: a[:, part] for k, a in arrays.items()} for part in _before_and_after(times)))
 
 
 def chimpanzees() -> Split:

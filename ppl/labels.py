@@ -30,11 +30,10 @@ if TYPE_CHECKING:
     from ppl.posterior import Posterior
 
 _DRAWS = 200  # that the report looks at
+_NUMBERS = 4_000_000  # in these draws, at most
 _ROUNDS = 20
 _RARE = 0.02  # share of draws below which a numbering does not count as visited
-_APART = (
-    1.0  # components differ when a mean is further off than this, in posterior standard deviations
-)
+_APART = 1.0  # posterior standard deviations between means of components that differ
 
 
 def relabelled(
@@ -42,7 +41,7 @@ def relabelled(
 ) -> Posterior:
     """See :meth:`ppl.posterior.Posterior.relabelled`."""
     draws = posterior.samples(n, seed=seed)
-    exchange = _the_one(posterior, what, exchanges(posterior.bound, _point(posterior, draws)))
+    exchange = _the_one(what, exchanges(posterior.bound, _point(posterior, draws)))
     order = ordered(exchange, draws, by) if by is not None else matched(exchange, draws)
     draws = exchange.renumbered(draws, order)
     return _from_draws(posterior, exchange, draws)
@@ -52,13 +51,16 @@ def report(posterior: Posterior) -> tuple[dict[str, object], tuple[str, ...]]:
     """Notes and warnings for the diagnostics: which labels are arbitrary, and how many numberings were seen."""
     if not may_exchange(posterior.bound):
         return {}, ()
-    draws = posterior.samples(_DRAWS)
+    found = exchanges(posterior.bound, _point(posterior, posterior.samples(1)))
+    if not found:
+        return {}, ()
+    draws = posterior.samples(_draws(posterior))
     notes: dict[str, object] = {}
     warnings = []
-    for exchange in exchanges(posterior.bound, _point(posterior, draws)):
-        order = matched(exchange, draws)
+    for exchange in found:
         if not exchange.mixes and not _differ(exchange, draws):
             continue
+        order = matched(exchange, draws)
         seen = _visited(order)
         warnings.append(_warning(posterior, exchange, seen))
         notes[_key(exchange)] = _seen(posterior, exchange, draws, order, seen)
@@ -191,11 +193,18 @@ def _seen(
     apart = (x.gather(1, found.unsqueeze(-1).expand_as(x)) - centre) / spread
     return (
         f"{text}; {len(found.unique(dim=0))} among the {n} restarts that reach the best log evidence within 3 nats, whose "
-        f"means agree to {float(apart.square().mean().sqrt()):.2f} posterior standard deviations (root mean square) after matching"
+        f"means agree to {float(apart.square().mean().sqrt()):.2f} posterior standard deviations after matching"
     )
 
 
 # ---- the posterior of renumbered draws --------------------------------------------------------------------------
+
+
+def _draws(posterior: Posterior) -> int:
+    """Draws that the report looks at, fewer of a posterior of very many numbers."""
+    bound = posterior.bound
+    numbers = sum(math.prod(bound.shape(v)) for v in bound.graph.latents)
+    return max(min(_DRAWS, _NUMBERS // max(numbers, 1)), 2)
 
 
 def _point(posterior: Posterior, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -204,7 +213,7 @@ def _point(posterior: Posterior, draws: Mapping[str, Tensor]) -> dict[str, Tenso
     return {**{n: draws[n][0] for n in latents}, **posterior.params}
 
 
-def _the_one(posterior: Posterior, what: str | None, found: Sequence[Exchange]) -> Exchange:
+def _the_one(what: str | None, found: Sequence[Exchange]) -> Exchange:
     if not found:
         raise DataError(
             "relabelled(): no components of this model are exchangeable, so their labels mean what they say. Use the posterior "
@@ -242,8 +251,8 @@ def _from_draws(posterior: Posterior, exchange: Exchange, draws: Mapping[str, Te
 def _marginal(posterior: Posterior, exchange: Exchange, name: str, draws: Tensor) -> mg.Marginal:
     dtype = posterior.bound.dtype
     if name in exchange.labels:
-        hits = torch.nn.functional.one_hot(draws.long(), exchange.size)
-        return mg.Table(hits.to(dtype).mean(0))
+        shares = [(draws == value).to(dtype).mean(0) for value in range(exchange.size)]
+        return mg.Table(torch.stack(shares, -1))
     plates = len(posterior.graph.variables[name].plates)
     even = torch.full(draws.shape[: 1 + plates], 1 / len(draws), dtype=dtype, device=draws.device)
     return mg.Weighted(draws.to(dtype), even)

@@ -22,10 +22,13 @@ from torch.distributions import constraints
 from ppl.binding import Bound
 from ppl.distributions import Distribution, Mixture, MixtureSameFamily
 from ppl.distributions.arguments import shape_of
-from ppl.graph import Factor, Graph, Node, Variable
+from ppl.graph import Factor, Graph, Node, Ref, Variable
 from ppl.lower import Compiler
 from ppl.lowered import Lowered, map_name
+from ppl.passes import upstream
 
+_ACROSS = ("gather", "reduce", "dot", "collect", "pick", "shift")  # nodes that read across a plate
+_MOST = 64  # components: more are elements of a population
 _AXES = 6  # event axes of one length that are tried in all combinations
 
 
@@ -124,15 +127,18 @@ def _is_free(graph: Graph, plate: str) -> bool:
     """Whether nothing known hangs on the elements of a plate, and something is read across them."""
     own = graph.plates[plate]
     inner = any(plate in graph.ancestors(p) for p in graph.plates)
-    if own.ordered or own.parents or inner or (own.size or 0) < 2:
+    if own.ordered or own.parents or inner or not 1 < (own.size or 0) <= _MOST:
         return False
     inside = [v for v in graph.variables.values() if plate in v.plates]
-    return all(v.role == "latent" for v in inside) and bool(_readers(graph, plate))
+    reads = [n for n in graph.nodes if n.op in _ACROSS and plate in n.name.split(",")]
+    alike = bool(reads) and not any(n.op in ("pick", "shift") for n in reads)
+    return alike and all(v.role == "latent" for v in inside + _pointers(graph, reads))
 
 
-def _readers(graph: Graph, plate: str) -> list[Node]:
-    reads = [n for n in graph.nodes if n.op in ("gather", "reduce", "dot", "collect")]
-    return [n for n in reads if plate in n.name.split(",")]
+def _pointers(graph: Graph, reads: Sequence[Node]) -> list[Variable]:
+    """The variables that say which element is read."""
+    nodes = [n.args[1].id for n in reads if n.op == "gather" and isinstance(n.args[1], Ref)]
+    return [graph.variables[name] for i in nodes for name in upstream(graph, i)]
 
 
 def _with_plate(graph: Graph, plate: str, size: int) -> list[Exchange]:

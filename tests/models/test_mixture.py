@@ -163,6 +163,16 @@ def test_simulated_components_are_found(seed, restarts):
     assert float((found.probs("z").argmax(-1) == z).double().mean()) > 0.98
 
 
+def test_components_in_two_dimensions_are_found():
+    x, z = points(90, seed=3)
+    data = torch.stack([x, torch.where(z == 1, 4.0, 0.0) + points(90, seed=4)[0] / 4], -1)
+    found = fit(mixture(k=3, dim=2), {"x": data}).relabelled()
+    own = torch.stack([data[z == c].mean(0) for c in range(3)])
+    apart = torch.cdist(found.mean("centre"), own)
+    assert apart.amin(0).max() < 0.3
+    assert apart.argmin(0).unique().numel() == 3
+
+
 @model
 def summed():
     """The mixture with the component of each point summed out by its law."""

@@ -148,9 +148,7 @@ def test_two_fits_agree_once_they_are_numbered_alike(fitted):
 
 
 def test_an_ordered_mixture_raises_no_alarm():
-    posterior = infer(
-        ordered_mixture(), {"x": points()[0]}, method="qem", seed=0, progress=False
-    )
+    posterior = infer(ordered_mixture(), {"x": points()[0]}, method="qem", seed=0, progress=False)
     assert not [w for w in posterior.diagnostics.warnings if "labels" in w]
     assert not [k for k in posterior.diagnostics.notes if k.startswith("labels")]
     assert torch.allclose(posterior.mean("centre"), CENTRES, atol=0.4)
