@@ -90,7 +90,7 @@ def measure(model: str, k: int, repeats: int, seconds: float) -> dict[str, objec
         taken = time.process_time() - start
         if i >= 3 or taken > 1:  # the first ones of a quick model warm up
             times.append(taken)
-        if time.process_time() - begin > seconds:
+        if times and time.process_time() - begin > seconds:
             break
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     return {

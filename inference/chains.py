@@ -24,7 +24,9 @@ _FEW_STATES = 5
 _REDO_ELEMENTS = 1 << 22  # entries gathered at a time when underflown sums are redone
 _BLOCK_ELEMENTS = 1 << 16  # entries of the matrices that a scan exponentiates at a time
 _KEPT_ELEMENTS = 1 << 20  # entries of matrices that are kept for the backward pass
-_SUMMED_LATER = 1 << 13  # entries of a message up to which gradients of all times are summed at once
+_SUMMED_LATER = (
+    1 << 13
+)  # entries of a message up to which gradients of all times are summed at once
 _PRODUCT_ELEMENTS = 100_000  # joint entries above which a scan step is a matrix product
 
 
@@ -78,12 +80,13 @@ def scan(
     step = step.expand(*step.shape[:-3], length - 1, *step.shape[-2:])
     shared = [d for d in range(n) if step.shape[d] == 1 and outer[d] > 1]
     own = [d for d in range(n) if d not in shared]
-    order = [*own, *shared]
+    # Few states stand in front, where sums over them run along contiguous memory; many stand last, for matrix products.
+    front = step.shape[-1] <= _FEW_STATES
+    # The last dimension is one along which the matrices vary, or one of which all rows meet the same matrix.
+    order = [*shared, *own] if front else [*own, *shared]
     units = _few(units, shared, n)
     units = [u.expand(*u.shape[:-2], length, u.shape[-1]) for u in units]
     vectors = [first.unsqueeze(-2), *units, *([] if leave is None else [leave])]
-    # Few states stand in front, where sums over them run along contiguous memory; many stand last, for matrix products.
-    front = step.shape[-1] <= _FEW_STATES
     placed = [
         v[(None,) * (n + 2 - v.ndim)].permute(
             *((n, n + 1, *order) if front else (n, *order, n + 1))
@@ -123,7 +126,8 @@ class _Scan(torch.autograd.Function):
     terms to underflow are redone by plain log-sum-exp, in both passes. No gradient in the matrices.
 
     Shapes: with ``front``, vectors are ``[T, S, *outer]`` and matrices ``[T - 1, S, S, *outer]``; without,
-    ``[T, *outer, S]`` and ``[T - 1, *outer, S, S]``. Matrices have length 1 in the outer dimensions from ``own`` on.
+    ``[T, *outer, S]`` and ``[T - 1, *outer, S, S]``. Matrices have length 1 in the outer dimensions that share one; without
+    ``front`` those from ``own`` on.
     """
 
     @staticmethod
@@ -146,27 +150,27 @@ class _Scan(torch.autograd.Function):
         message = message.expand(product.shape(moves.shape[1] if front else moves.shape[-1]))
         info = torch.finfo(moves.dtype)
         least = moves.shape[1 if front else -1] * info.tiny / info.eps
-        ctx.blocks = blocks = _Blocks(moves, front)
+        ctx.blocks = blocks = _Blocks(moves, front, message.numel())
         ctx.kept, ctx.leaves = [], leaves
         for start, stop in blocks.bounds:
             matrices, columns = blocks.exponentials(start, stop)
-            columns = columns.squeeze(1 if front else -2)
             added = [u[start + 1 : stop + 1] for u in units]
             unit = sum(added[1:], added[0])
-            for i in range(stop - start):
+            several = matrices.unbind(), columns.squeeze(1 if front else -2).unbind(), unit.unbind()
+            for t, matrix, column, own_unit in zip(range(start, stop), *several, strict=True):
                 if leave is not None:
-                    message = message + leave[start + i]
+                    message = message + leave[t]
                 top = message.amax(dim, keepdim=True).clamp_(min=info.min)
                 shares = (message - top).exp_()
-                totals = product.forward(shares, matrices[i])
-                new = totals.log().add_(top).add_(columns[i])
+                totals = product.forward(shares, matrix)
+                new = totals.log().add_(top).add_(column)
                 redone = None
                 if totals.min() < least:
-                    redone = _lost(totals, least, message, moves[start + i], product)
+                    redone = _lost(totals, least, message, moves[t], product)
                     new = new.index_put(redone.where, redone.log)
                     totals = totals.index_put(redone.where, torch.full_like(redone.log, torch.inf))
                 ctx.kept.append((shares, totals, redone))
-                message = new.add_(unit[i])
+                message = new.add_(own_unit)
         ctx.shapes = [v.shape for v in vectors]
         return message
 
@@ -178,12 +182,12 @@ class _Scan(torch.autograd.Function):
         tiny = torch.finfo(grad.dtype).tiny
         for start, stop in reversed(ctx.blocks.bounds):
             matrices, _ = ctx.blocks.exponentials(start, stop)
-            for t in range(stop - 1, start - 1, -1):
+            for matrix in reversed(matrices.unbind()):
                 for unit in units:
                     unit.add(grad)
                 shares, totals, redone = ctx.kept.pop()
                 ratio = grad / totals.clamp_(min=tiny)  # zero only where nothing can get to
-                before = ctx.product.backward(ratio, matrices[t - start]).mul_(shares)
+                before = ctx.product.backward(ratio, matrix).mul_(shares)
                 if redone is not None:
                     _put_back(ctx.product.by_state(before), redone, grad)
                 grad = before
@@ -205,15 +209,16 @@ def _put_back(place: Tensor, redone: _Redone, grad: Tensor) -> None:
 
 
 class _Blocks:
-    """Matrices ``[T - 1, ...]`` exponentiated with each column shifted by its maximum, as many at a time as fit in the cache.
+    """Matrices ``[T - 1, ...]`` exponentiated with each column shifted by its maximum, as many at a time as fit in the cache
+    (with messages of ``message`` entries).
 
     Few in all are kept for the backward pass.
     """
 
-    def __init__(self, moves: Tensor, front: bool) -> None:
+    def __init__(self, moves: Tensor, front: bool, message: int) -> None:
         self.moves, self.before = moves, 1 if front else -2
         self.keep = moves.numel() <= _KEPT_ELEMENTS
-        size = max(1, _BLOCK_ELEMENTS * len(moves) // moves.numel())
+        size = max(1, _BLOCK_ELEMENTS // max(moves[0].numel(), message))
         ends = [*range(0, len(moves), size), len(moves)]
         self.bounds = list(pairwise(ends))
         self.made: dict[int, tuple[Tensor, Tensor]] = {}
@@ -307,8 +312,10 @@ def _lost(
     logs, weights = [], []
     for part in entries.split(max(1, _REDO_ELEMENTS // by_state.shape[-1])):
         *index, state = part.unbind(-1)
-        shared = [torch.zeros_like(state)] * (len(index) - product.own)
-        joint = by_state[tuple(index)] + matrices[(*index[: product.own], *shared, state)]
+        own = [
+            i if n > 1 else torch.zeros_like(i) for i, n in zip(index, matrices.shape, strict=False)
+        ]
+        joint = by_state[tuple(index)] + matrices[(*own, state)]
         logs.append(log_sum(joint, (-1,)))
         safe = logs[-1].masked_fill(logs[-1] == -torch.inf, 0.0)
         weights.append((joint - safe.unsqueeze(-1)).exp_())

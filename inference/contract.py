@@ -179,7 +179,12 @@ class Plan:
         return log_z, weights
 
     def draw(
-        self, factors: Factors, n: int, generator: torch.Generator | None = None
+        self,
+        factors: Factors,
+        n: int,
+        generator: torch.Generator | None = None,
+        *,
+        power: float = 1.0,
     ) -> dict[str, Tensor]:
         """Joint draws of particle indices from the weighted combinations.
 
@@ -187,6 +192,7 @@ class Plan:
             factors: as for ``log_evidence``, without batch axes.
             n: number of draws.
             generator: source of randomness on the factors' device; None for torch's global one.
+            power: as for ``marginals``.
 
         Returns:
             For every particle axis a long ``[n, *plates]``; plates as in ``marginals``.
@@ -202,18 +208,18 @@ class Plan:
                 f"draws along batch axes {self._layout.batch}: select one element of each first."
             )
         with torch.no_grad():
-            return self._draw(factors, n, generator)
+            return self._draw(factors, n, generator, power)
 
     # ---- inside ----
 
     def _draw(
-        self, factors: Factors, n: int, generator: torch.Generator | None
+        self, factors: Factors, n: int, generator: torch.Generator | None, power: float
     ) -> dict[str, Tensor]:
         route = self._route
         chosen: Chosen = {}
         load = self._loader(route, factors)
         tensors = self._outer_tensors(route, load)
-        slots = route.program.run(tensors)
+        slots = route.program.run(tensors, power)
         self._check(_total(self._layout, slots, route.program), factors, possible=True)
         route.program.draw(slots, chosen, n, generator)
         outside = dict(chosen)

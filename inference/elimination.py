@@ -19,18 +19,10 @@ from typing import Any
 import opt_einsum
 
 from ppl.errors import UnsupportedError
+from ppl.inference.chain_steps import ChainSum, Pad
 from ppl.inference.layout import Chain, Context, Layout, Term
 from ppl.inference.program import Program
-from ppl.inference.steps import (
-    ChainSum,
-    Combine,
-    Lift,
-    Pad,
-    Product,
-    Reduce,
-    Step,
-    Weigh,
-)
+from ppl.inference.steps import Combine, Lift, Product, Reduce, Step, Weigh
 
 _FUSED_ELEMENTS = 1 << 16  # entries up to which sums of factors are one step
 _PRODUCT_ELEMENTS = 100_000  # joint entries from which a two-factor step is a matrix product

@@ -93,9 +93,7 @@ def _summed_product(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
     return torch.einsum(f"{spell[0]},{spell[1]}->{spell[2]}", a, small).reshape(shape)
 
 
-def summed_products(
-    a: Tensor | None, b: Tensor, dims: Sequence[tuple[int, ...]]
-) -> list[Tensor]:
+def summed_products(a: Tensor | None, b: Tensor, dims: Sequence[tuple[int, ...]]) -> list[Tensor]:
     """Sums of ``a * b`` over each of several sets of dimensions, which are kept as ones; ``a`` None for ones."""
     if a is None or a.numel() < _CACHE_ELEMENTS:
         both = b if a is None else a * b
@@ -106,16 +104,19 @@ def summed_products(
     ]
 
 
-def log_sum_product(x: Tensor, y: Tensor, dims: tuple[int, ...]) -> Tensor:
+def log_sum_product(
+    x: Tensor, y: Tensor, dims: tuple[int, ...], *, keepdim: bool = False
+) -> Tensor:
     """Log of the sum over ``dims`` of ``exp(x + y)``; a slice that is all -inf gives -inf.
 
     Args:
         x: log-values, broadcast against ``y``.
         y: log-values.
         dims: dimensions summed over; none for the plain sum ``x + y``.
+        keepdim: whether they stay, of size one.
 
     Returns:
-        The broadcast shape without ``dims``.
+        The broadcast shape without ``dims``, or with ones there.
 
     >>> log_sum_product(torch.tensor([0.0, -torch.inf]), torch.zeros(2), (0,))
     tensor(0.)
@@ -123,8 +124,10 @@ def log_sum_product(x: Tensor, y: Tensor, dims: tuple[int, ...]) -> Tensor:
     if not dims:
         return x + y
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-        return _LogSumProduct.apply(x, y, dims).squeeze(dims)
-    return shifted(x, y, dims, False)[2].squeeze(dims)
+        out = _LogSumProduct.apply(x, y, dims)
+    else:
+        out = shifted(x, y, dims, False)[2]
+    return out if keepdim else out.squeeze(dims)
 
 
 def log_sum(x: Tensor, dims: tuple[int, ...]) -> Tensor:

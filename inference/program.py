@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -59,11 +60,13 @@ class Program:
         order = self.loads[i][1]
         return tensor if order is None else tensor.permute(inverse(order))
 
-    def run(self, tensors: Sequence[Tensor]) -> Slots:
-        """All slots after all steps."""
+    def run(self, tensors: Sequence[Tensor], power: float = 1.0) -> Slots:
+        """All slots after all steps; ``power`` as for :meth:`gradients`."""
         slots: Slots = [*tensors, *[None] * self.extra]
         for step in self.steps:
             step(slots)
+            if power != 1.0 and _leaves_plates(step):
+                slots[step.output.slot] = power * slots[step.output.slot]
         return slots
 
     def results(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -99,29 +102,25 @@ class Program:
                 slots[step.output.slot] = power * slots[step.output.slot]
             for term in step.inputs:
                 slots[term.slot] = None
-        shapes = [tensors[i].shape for i in watched]
-        example = tensors[0]
+        zeros = {i: tensors[i].new_zeros(()).expand(tensors[i].shape) for i in watched}
+        return [slots[t.slot] for t in self.outputs], partial(self._backward, pulls, zeros, power)
 
-        def backward(grads: Sequence[Tensor]) -> list[Tensor]:
-            at: dict[int, Tensor] = {}
-            for term, grad in zip(self.outputs, grads, strict=True):
-                at[term.slot] = grad
-            while pulls:  # memory is let go on the way
-                step, pull = pulls.pop()
-                if step.output.slot in at:
-                    grad = at.pop(step.output.slot)
-                    found = pull(power * grad if power != 1.0 and _leaves_plates(step) else grad)
-                    at |= {
-                        t.slot: g
-                        for t, g in zip(step.inputs, found, strict=True)
-                        if g is not None
-                    }
-            return [
-                at[i] if i in at else example.new_zeros(shape)
-                for i, shape in zip(watched, shapes, strict=True)
-            ]
-
-        return [slots[term.slot] for term in self.outputs], backward
+    def _backward(
+        self,
+        pulls: list[tuple[Step, Pull]],
+        zeros: Mapping[int, Tensor],
+        power: float,
+        grads: Sequence[Tensor],
+    ) -> list[Tensor]:
+        """Gradients of the inputs that ``zeros`` has, which stand for those that nothing reads; empties ``pulls``."""
+        at = {t.slot: g for t, g in zip(self.outputs, grads, strict=True)}
+        while pulls:
+            step, pull = pulls.pop()
+            if step.output.slot in at:
+                grad = at.pop(step.output.slot)
+                found = pull(power * grad if power != 1.0 and _leaves_plates(step) else grad)
+                at |= {t.slot: g for t, g in zip(step.inputs, found, strict=True) if g is not None}
+        return [at.get(i, zero) for i, zero in zeros.items()]
 
     def _wanted(self, watched: tuple[int, ...]) -> list[Wanted]:
         """Which inputs of each step depend on those ``watched``."""

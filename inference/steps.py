@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ppl.inference import chains
 from ppl.inference.drawing import Chosen, selected, unravel
-from ppl.inference.layout import Chain, Layout, Term
+from ppl.inference.layout import Layout, Term
 from ppl.inference.logspace import (
     draw_categorical,
     log_matmul,
@@ -23,9 +23,6 @@ from ppl.inference.logspace import (
     summed_products,
     wide,
 )
-
-# Entries of a chain's message up to which small matrix products in a tree beat the many steps of a scan.
-_TREE_ENTRIES = 64
 
 Slots = list[Any]  # tensors, None where nothing stands yet
 Wanted = tuple[bool, ...]  # whether the gradient of each input is asked for
@@ -62,7 +59,9 @@ class Step:
     def compute(self, *tensors: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def pulled(self, tensors: Sequence[Tensor], wanted: Wanted, overwrite: bool) -> tuple[Tensor, Pull]:
+    def pulled(
+        self, tensors: Sequence[Tensor], wanted: Wanted, overwrite: bool
+    ) -> tuple[Tensor, Pull]:
         """The result, and its derivative: by autograd where the step has no rule of its own.
 
         With ``overwrite`` the memory of the inputs may be used.
@@ -94,6 +93,26 @@ def _aligned(axes: Sequence[str], sizes: Mapping[str, int], onto: Sequence[str])
     return tuple(sizes[a] if a in axes else 1 for a in onto)
 
 
+def _broadcast(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    return tuple(max(sizes) for sizes in zip(*shapes, strict=True))
+
+
+def _spread_dims(shape: Sequence[int], onto: Sequence[int]) -> tuple[int, ...]:
+    """Where an array is repeated to get the shape ``onto``."""
+    return tuple(d for d, (a, b) in enumerate(zip(shape, onto, strict=True)) if a == 1 < b)
+
+
+def _merges(shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
+    """Which two arrays to add next, the smallest sum first, until two are left; the second of each goes."""
+    left, made = list(shapes), []
+    while len(left) > 2:
+        pairs = list(combinations(range(len(left)), 2))
+        i, j = min(pairs, key=lambda p: math.prod(_broadcast([left[p[0]], left[p[1]]])))
+        left[i] = _broadcast([left[i], left.pop(j)])
+        made.append((i, j))
+    return made
+
+
 def inverse(order: Sequence[int]) -> list[int]:
     """The permutation that undoes another."""
     return sorted(range(len(order)), key=order.__getitem__)
@@ -110,53 +129,78 @@ class Combine(Step):
         self.elements = self.work = math.prod(self.layout.shape(self.joint))
         self.shapes = [_aligned(t.axes, self.layout.size_of, self.joint) for t in self.inputs]
         self.dims = tuple(self.joint.index(a) for a in self.summed)
-        sizes = [math.prod(shape) for shape in self.shapes]
-        self.largest = sizes.index(max(sizes))
         self.plain = [self.layout.shape(t.axes) for t in self.inputs]
         self.is_plain = [a == b for a, b in zip(self.shapes, self.plain, strict=True)]
         full = self.layout.shape(self.joint)
-        self.dims_of = [
-            tuple(d for d, (a, b) in enumerate(zip(shape, full, strict=True)) if a == 1 < b)
-            for shape in self.shapes
-        ]
         self.kept = tuple(1 if d in self.dims else n for d, n in enumerate(full))
+        # What does not vary along the summed axes is added to the sum.
+        varies = [not self.dims or any(s[d] > 1 for d in self.dims) for s in self.shapes]
+        self.inside = [i for i, v in enumerate(varies) if v] or list(range(len(self.inputs)))
+        self.outside = [i for i in range(len(self.inputs)) if i not in self.inside]
+        within = _broadcast([self.shapes[i] for i in self.inside])
+        self.dims_of = [
+            _spread_dims(s, within if i in self.inside else self.kept)
+            for i, s in enumerate(self.shapes)
+        ]
+        self.dims_inside = _spread_dims(within, full)
+        self.merges = _merges([self.shapes[i] for i in self.inside])
 
     def compute(self, *tensors: Tensor) -> Tensor:
-        return log_sum_product(*self._pair(tensors), self.dims)
+        x, y, rest = self._parts(tensors)
+        if not self.dims:
+            return x + y
+        return self._with(rest, log_sum_product(x, y, self.dims, keepdim=True))
 
-    def pulled(self, tensors: Sequence[Tensor], wanted: Wanted, overwrite: bool) -> tuple[Tensor, Pull]:
-        x, y = self._pair(tensors)
+    def pulled(
+        self, tensors: Sequence[Tensor], wanted: Wanted, overwrite: bool
+    ) -> tuple[Tensor, Pull]:
+        x, y, rest = self._parts(tensors)
         if self.dims:
             exponentials, total, out = shifted(x, y, self.dims, overwrite)
-            out = out.squeeze(self.dims)
+            out = self._with(rest, out)
         else:
             exponentials, total, out = None, None, x + y
 
         def pull(grad: Tensor) -> list[Tensor | None]:
             grad = grad.reshape(self.kept)
-            # The largest term of a sum is one, unless all are zero.
-            scaled = grad if total is None else grad / total.clamp(min=1.0)
-            dims = [d for d, w in zip(self.dims_of, wanted, strict=True) if w]
-            found = iter(summed_products(exponentials, scaled, dims))
+            found: dict[int, Tensor] = {}
+            inside = [i for i in self.inside if wanted[i]]
+            if inside:
+                scaled = grad.sum(self.dims_inside, keepdim=True) if self.dims_inside else grad
+                # The largest term of a sum is one, unless all are zero.
+                scaled = scaled if total is None else scaled / total.clamp(min=1.0)
+                made = summed_products(exponentials, scaled, [self.dims_of[i] for i in inside])
+                found |= dict(zip(inside, made, strict=True))
+            for i in self.outside:
+                dims = self.dims_of[i]
+                found[i] = grad.sum(dims, keepdim=True) if dims else grad
             return [
-                next(found).reshape(shape) if w else None
-                for w, shape in zip(wanted, self.plain, strict=True)
+                found[i].reshape(shape) if w else None
+                for i, (w, shape) in enumerate(zip(wanted, self.plain, strict=True))
             ]
 
         return out, pull
 
-    def _pair(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def _parts(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Two arrays that add up to the summand, the larger one first, and what is added to the sum."""
         parts = [
             t if same else t.reshape(shape)
             for t, shape, same in zip(tensors, self.shapes, self.is_plain, strict=True)
         ]
-        first = parts.pop(self.largest)
-        if not parts:
-            return first, first.new_zeros(())
-        rest = parts[0]
-        for part in parts[1:]:
-            rest = rest + part
-        return first, rest
+        rest = [parts[i] for i in self.outside]
+        parts = [parts[i] for i in self.inside]
+        for i, j in self.merges:
+            second = parts.pop(j)
+            parts[i] = parts[i] + second
+        if len(parts) == 1:
+            return parts[0], parts[0].new_zeros(()), rest
+        first, second = parts
+        return (first, second, rest) if first.numel() >= second.numel() else (second, first, rest)
+
+    def _with(self, rest: Sequence[Tensor], out: Tensor) -> Tensor:
+        for part in rest:
+            out = out + part
+        return out.squeeze(self.dims)
 
     @property
     def cells(self) -> int:
@@ -204,7 +248,9 @@ class Product(Combine):
     def compute(self, *tensors: Tensor) -> Tensor:
         return self._unfolded(log_matmul(*self._matrices(tensors)))
 
-    def pulled(self, tensors: Sequence[Tensor], wanted: Wanted, overwrite: bool) -> tuple[Tensor, Pull]:
+    def pulled(
+        self, tensors: Sequence[Tensor], wanted: Wanted, overwrite: bool
+    ) -> tuple[Tensor, Pull]:
         made = shifted_product(*self._matrices(tensors))
 
         def pull(grad: Tensor) -> list[Tensor | None]:
@@ -212,7 +258,9 @@ class Product(Combine):
             found = matmul_gradients(made, folded, wanted)
             return [
                 g if g is None else self._input(g, t, order)
-                for g, t, order in zip(found, self.inputs, (self.order_a, self.order_b), strict=True)
+                for g, t, order in zip(
+                    found, self.inputs, (self.order_a, self.order_b), strict=True
+                )
             ]
 
         return self._unfolded(made.log), pull
@@ -314,7 +362,9 @@ class Reduce(Step):
         total = zeros.index_add(0, self.index.on(x.device), logs)
         return total.to(x.dtype).reshape(self.shape_out).permute(self.order_out)
 
-    def pulled(self, tensors: Sequence[Tensor], wanted: Wanted, overwrite: bool) -> tuple[Tensor, Pull]:
+    def pulled(
+        self, tensors: Sequence[Tensor], wanted: Wanted, overwrite: bool
+    ) -> tuple[Tensor, Pull]:
         shape = tensors[0].shape
 
         def pull(grad: Tensor) -> list[Tensor | None]:
@@ -330,177 +380,3 @@ class Reduce(Step):
     def __str__(self) -> str:
         within = f" within {', '.join(self.targets)}" if self.targets else ""
         return f"multiply over {self.plate}{within} -> [{', '.join(self.output.axes)}]"
-
-
-@dataclass(kw_only=True, eq=False)
-class Pad(Step):
-    """Give a transition factor an element for the first state, whose previous state is a dummy.
-
-    With ``normalised``, the dummy states get weights that sum to one; otherwise weight one each.
-    """
-
-    chain: Chain
-    normalised: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        self.joint = self.output.axes
-        self.elements = self.work = math.prod(self.layout.shape(self.joint))
-        self.weight = -math.log(math.prod(self.layout.shape(self.normalised)))
-        self.has_plate = self.chain.plate in self.inputs[0].axes
-        self.dim = self.joint.index(self.chain.plate)
-        self.length = self.layout.size_of[self.chain.plate]
-
-    def compute(self, *tensors: Tensor) -> Tensor:
-        step = tensors[0]
-        if not self.has_plate:
-            step = step.unsqueeze(self.dim)
-            step = step.expand(
-                *step.shape[: self.dim], self.length - 1, *step.shape[self.dim + 1 :]
-            )
-        shape = list(step.shape)
-        shape[self.dim] = 1
-        return torch.cat([step.new_full(shape, self.weight), step], self.dim)
-
-
-@dataclass(kw_only=True, eq=False)
-class ChainSum(Step):
-    """Sum over all paths of one or several coupled chains along one plate.
-
-    The state is the tuple of the chains' particle indices, flattened.
-    """
-
-    chains: tuple[Chain, ...]
-    tree: bool | None  # None: where it is faster
-
-    def __post_init__(self) -> None:
-        self.plate = self.chains[0].plate
-        self.states = tuple(c.axis for c in self.chains)
-        self.previous = tuple(c.previous for c in self.chains)
-        self.firsts = tuple(c.first for c in self.chains)
-        self.outer = self.output.axes
-        self.size = math.prod(self.layout.shape(self.states))
-        self.length = self.layout.size_of[self.plate]
-        self.joint = (*self.outer, self.plate, *self.previous, *self.states)
-        outer, steps = math.prod(self.layout.shape(self.outer)), max(self.length - 1, 1)
-        self.is_tree = outer * self.size <= _TREE_ENTRIES if self.tree is None else self.tree
-        self.work = outer * steps * self.size**2
-        if self.is_tree:
-            self.elements = self.work
-            self.work *= self.size
-            return
-        # A scan holds the matrices as they are, and the messages of all times for the backward pass.
-        matrices = {a for t in self.inputs for a in t.axes if self._moves(t) and a in self.outer}
-        shared = math.prod(self.layout.shape(matrices))
-        self.elements = steps * self.size * max(shared * self.size, outer)
-
-    def _moves(self, term: Term) -> bool:
-        axes = set(term.axes)
-        return bool(axes & set(self.previous)) and bool(axes & set(self.states))
-
-    def compute(self, *tensors: Tensor) -> Tensor:
-        first, units, step, leave = self._parts(tensors)
-        if self.is_tree:
-            total = chains.tree(first, sum(units[1:], units[0]), chains.with_leave(step, leave))
-        else:
-            total = chains.scan(first, units, step, leave)
-        return total.expand(self.layout.shape(self.outer))
-
-    @property
-    def cells(self) -> int:
-        plates = self.layout.innermost(self.output.context)
-        return math.prod(self.layout.shape(plates)) * self.length * self.size
-
-    def _parts(
-        self, tensors: Sequence[Tensor]
-    ) -> tuple[Tensor, list[Tensor], Tensor | None, Tensor | None]:
-        """First [*outer, S], units [*outer, T, S], step [*outer, T - 1, S, S] or None for T = 1, and factors of the
-        state before alone [*outer, T - 1, S], or None.
-        """
-        first = tensors[0].new_zeros(self.size)
-        units: list[Tensor] = []
-        step: Tensor | None = None
-        leave: Tensor | None = None
-        for term, tensor in zip(self.inputs, tensors, strict=True):
-            if self._is_leave(term, tensor):
-                part = self._flat(term, tensor, self.previous, (self.plate,))
-                leave = part if leave is None else leave + part
-            elif set(term.axes) & set(self.previous):
-                head, tail = self._transition(term, tensor)
-                step = tail if step is None else step + tail
-                first = first if head is None else first + head
-            elif self.plate in term.context:
-                units.append(self._flat(term, tensor, self.states, (self.plate,)))
-            else:
-                first = first + self._flat(term, tensor, self.firsts, ())
-        lengths = {u.shape[-2] for u in units}
-        if self.length not in lengths:
-            units.append(tensors[0].new_zeros((self.length, self.size)))
-        if self.length == 1:
-            return first, units, None, None
-        if step is None:
-            step = tensors[0].new_zeros((1, self.size, self.size))
-        step = step.expand(*step.shape[:-3], self.length - 1, *step.shape[-2:])
-        return first, units, step, leave
-
-    def _is_leave(self, term: Term, tensor: Tensor) -> bool:
-        """Whether a factor reads the states before and not the present ones."""
-        axes = set(term.axes)
-        if not axes & set(self.previous) or axes & set(self.states) or self.plate not in axes:
-            return False
-        return tensor.shape[term.axes.index(self.plate)] == self.length - 1
-
-    def _transition(self, term: Term, tensor: Tensor) -> tuple[Tensor | None, Tensor]:
-        """The transition of t >= 1 and, of a padded factor, what it says of the first state."""
-        front = (*self.outer, self.plate)
-        onto = (*front, *self.previous, *self.states)
-        aligned = self._align(term, tensor, onto)
-        if self.plate not in term.axes or tensor.shape[term.axes.index(self.plate)] < self.length:
-            return None, self._square(aligned, len(front))
-        dim, width = len(self.outer), len(self.states)
-        dummy = tuple(range(dim, dim + width))
-        head = log_sum_product(aligned.select(dim, 0), aligned.new_zeros(()), dummy)
-        sizes = self.layout.shape(self.states)
-        head = head.expand(*head.shape[:dim], *sizes).flatten(-width)
-        return head, self._square(aligned.narrow(dim, 1, self.length - 1), len(front))
-
-    def _square(self, aligned: Tensor, front: int) -> Tensor:
-        sizes = self.layout.shape(self.states)
-        full = aligned.expand(*aligned.shape[:front], *sizes, *sizes)
-        return full.reshape(*aligned.shape[:front], self.size, self.size)
-
-    def _align(self, term: Term, tensor: Tensor, onto: Sequence[str]) -> Tensor:
-        order = sorted(range(len(term.axes)), key=lambda i: onto.index(term.axes[i]))
-        shape = [tensor.shape[term.axes.index(a)] if a in term.axes else 1 for a in onto]
-        return tensor.permute(order).reshape(shape)
-
-    def _flat(
-        self, term: Term, tensor: Tensor, states: tuple[str, ...], plate: tuple[str, ...]
-    ) -> Tensor:
-        onto = (*self.outer, *plate, *states)
-        aligned = self._align(term, tensor, onto)
-        front = aligned.shape[: -len(states)]
-        return aligned.expand(*front, *self.layout.shape(states)).reshape(*front, self.size)
-
-    def draw(self, slots: Slots, chosen: Chosen, n: int, generator: torch.Generator | None) -> None:
-        first, units, step, leave = self._parts([slots[t.slot] for t in self.inputs])
-        unary, step = sum(units[1:], units[0]), chains.with_leave(step, leave)
-        context, layout, outer = self.output.context, self.layout, self.outer
-
-        def pick(x: Tensor, ends: tuple[str, ...], keep: str, given: Chosen) -> Tensor:
-            padded = x.reshape((1,) * (len(outer) + len(ends) - x.ndim) + x.shape)
-            return selected(padded, (*outer, *ends), layout, context, (keep,), given)
-
-        def into(t: int, state: Tensor) -> Tensor:
-            assert step is not None  # a path of one state never asks
-            return pick(step[..., t - 1, :, :], ("@from", "@to"), "@from", {**chosen, "@to": state})
-
-        messages = [pick(m, ("@to",), "@to", chosen) for m in chains.filtered(first, unary, step)]
-        plates = layout.shape(layout.innermost(context))
-        messages = [m.expand(len(m), *plates, self.size) for m in messages]
-        path = chains.draw_backward(messages, into, n, generator)
-        place = 1 + layout.innermost(context | {self.plate}).index(self.plate)
-        sizes = layout.shape(self.states)
-        unravel(path[..., 0], self.firsts, sizes, chosen)
-        unravel(path.movedim(-1, place), self.states, sizes, chosen)
-        before = torch.cat([torch.zeros_like(path[..., :1]), path[..., :-1]], -1)
-        unravel(before.movedim(-1, place), self.previous, sizes, chosen)

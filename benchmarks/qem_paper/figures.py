@@ -86,7 +86,8 @@ def errors(
         axes[1, column].set_xlabel(clock)
     axes[0, 0].set_ylabel("mean |error of mean| / sd")
     axes[1, 0].set_ylabel("mean |log ratio of sds|")
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     _save(figure, path)
 
 

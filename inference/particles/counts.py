@@ -25,6 +25,9 @@ _COMFORTABLE = (
     200_000  # entries of the largest array up to which more particles cost next to nothing
 )
 _PER_SCALAR = 12  # particles of a block outside plates, which costs little, for each of its scalars
+_TOLERABLE = 20_000_000  # entries of the largest array, about a second an iteration
+# Particles in plates, and outside for each scalar, that are tried in turn where that is exceeded.
+_SCARCE = ((10, 4), (6, 4), (6, 3), (4, 3))
 _AMPLE = 4_000_000  # entries of the largest array of the last weighting
 _COUNTS = (
     2000,
@@ -66,7 +69,23 @@ def particle_counts(
             limit = min(limit, settings.memory // itemsize(bound.dtype))
         if default is not None or largest(bound, blocks, sizes) <= limit:
             return sizes
-    return sizes
+    return _few(bound, blocks, sizes, named)
+
+
+def _few(
+    bound: Bound, blocks: Sequence[Block], sizes: Mapping[str, int], named: Mapping[str, int]
+) -> dict[str, int]:
+    """Counts for factors of many blocks, such as a chain's, where ten of each are many already."""
+    for count, each in _SCARCE:
+        if largest(bound, blocks, sizes) <= _TOLERABLE:
+            break
+        sizes = {
+            b.axis: sizes[b.axis]
+            if b.enumerated or set(b.names) & named.keys()
+            else min(sizes[b.axis], count if b.plates else max(count, each * b.dims))
+            for b in blocks
+        }
+    return dict(sizes)
 
 
 def final_counts(

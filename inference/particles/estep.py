@@ -185,7 +185,11 @@ def weigh(
         and max((f.log.numel() for f in at.densities), default=0) > 1 << 20
     )
     log_z, found = at.weighting.plan.marginals(
-        at.factors(bridge, inner), wanted, overwrite=large, power=bridge / (inner or bridge), only=only
+        at.factors(bridge, inner),
+        wanted,
+        overwrite=large,
+        power=bridge / (inner or bridge),
+        only=only,
     )
     singles = {axis: w for axis, w in found.items() if isinstance(axis, str)}
     return Weights(log_z, singles, {a: w for a, w in found.items() if not isinstance(a, str)})

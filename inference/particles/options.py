@@ -10,7 +10,7 @@ from ppl.errors import ModelError
 
 _OUTSIDE = 8
 Groups = Literal["auto", "correlation"] | Sequence[Sequence[str]]
-Start = Literal["prior", "standard", "laplace", "gbp"]
+Start = Literal["prior", "standard", "laplace", "gbp", "auto"]
 
 CHEAP = ("laplace", "gbp")  # methods whose result can be the start
 
@@ -31,7 +31,9 @@ class ParticleOptions:
             ``Table(given=...)`` for a discrete parent, ``Tied(...)`` (one proposal for a whole plate). A discrete latent
             that is named here is sampled, not enumerated.
         start: moments of the ``"prior"``, ``"standard"`` Normals on the unconstrained scale, or the result of another method
-            that fits the model cheaply, ``"laplace"`` or ``"gbp"``.
+            that fits the model cheaply, ``"laplace"`` or ``"gbp"``; latents in spreads are then set to the mode of their
+            marginal posterior. ``"auto"``, the default of qem: the prior, or laplace where it fits the model and a
+            thousandth of what the data say already leaves few of the prior's particles.
         joint_up_to: largest number of scalars in a block with a joint Gaussian, within plates; eight times as many outside
             all plates. 0 gives products of scalars.
         enumerate_up_to: largest number of values of a discrete latent that is summed exactly.

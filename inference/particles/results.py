@@ -42,10 +42,14 @@ from ppl.inference.particles.problem import Problem
 from ppl.inference.particles.proposals import Particles, Proposal, over_tensors
 from ppl.inference.particles.shards import PartDraws, inner_blocks
 from ppl.inference.particles.start import first_approximation, fitted
+from ppl.inference.particles.tempering import Exponents, largest_exponents, may_differ
 from ppl.inference.particles.weighting import DEFAULT_MEMORY, Weighting, make_weighting
 from ppl.marginals import Marginal
 from ppl.posterior import Evidence, Posterior
 from ppl.streams import Streams
+
+_FEW = 40  # effective particles of all replicates below which the last weights are tempered
+_FEWEST = 5  # of one replicate
 
 
 class Replicate(NamedTuple):
@@ -82,6 +86,13 @@ def posterior(
         )
     shares = log_z.softmax(0)
     marginals = _marginals(weighting, replicates, shares, running)
+    diagnostics = _diagnostics(weighting, marginals, agreement, iterations, warnings, running)
+    exponents = Exponents()
+    if running is None and _effective(weighting, marginals) < _FEW:
+        exponents, softened = _softened(problem, weighting, chosen, replicates)
+        shares = (exponents.outside * log_z).softmax(0)
+        marginals = _marginals(weighting, softened, shares, None)
+        diagnostics = _with_exponents(diagnostics, exponents)
     params = {
         n: param_value(problem.bound.graph.variables[n], p.free) for n, p in chosen.params.items()
     }
@@ -89,9 +100,9 @@ def posterior(
         problem.bound,
         marginals,
         method=method,
-        sampler=_sampler(problem, weighting, chosen, replicates, shares),
+        sampler=_sampler(problem, weighting, chosen, replicates, shares, exponents),
         log_evidence=_evidence(log_z),
-        diagnostics=_diagnostics(weighting, marginals, agreement, iterations, warnings, running),
+        diagnostics=diagnostics,
         params=params,
         seed=problem.settings.streams.seed,
     )
@@ -163,6 +174,42 @@ def _replicate(
         running.add(particles, log_z, marginals)
         marginals = {a: w for a, w in marginals.items() if a not in running.squares}
     return Replicate(particles, log_z, marginals)
+
+
+def _effective(weighting: Weighting, marginals: Mapping[str, Marginal]) -> float:
+    """Effective particles of all replicates: median over a latent's elements, least over the latents."""
+    sampled = [m for m in marginals.values() if isinstance(m, mg.Weighted)]
+    return min((float((1 / m.weights.square().sum(0)).median()) for m in sampled), default=math.inf)
+
+
+def _softened(
+    problem: Problem, weighting: Weighting, q: Approximation, replicates: Sequence[Replicate]
+) -> tuple[Exponents, list[Replicate]]:
+    """The same particles under weights that are raised to the largest power that leaves enough of them effective.
+
+    A handful of particles says less of the posterior than the proposal does; between the two lies ``q^(1 - b) p^b``, whose
+    weights are bounded where those of the posterior are not ([Ionides2008] truncates them to the same end).
+    """
+    here = evaluated(problem, weighting, replicates[0].particles, q)
+    fewest = min(weighting.sizes[b.axis] for b in weighting.blocks if not b.enumerated)
+    enough = min(max(_FEW / len(replicates), _FEWEST) / fewest, 0.5)
+    exponents, _ = largest_exponents(here, Exponents(), enough, may_differ(weighting))
+    made = []
+    for r in replicates:
+        here = evaluated(problem, weighting, r.particles, q)
+        weights = weigh(here, exponents.outside, pairs=(), inner=exponents.within)
+        found = {a: w.detach() for a, w in weights.marginals.items()}
+        made.append(r._replace(marginals=found))
+    return exponents, made
+
+
+def _with_exponents(found: Diagnostics, exponents: Exponents) -> Diagnostics:
+    notes = {**found.notes, "exponents of the last weights": tuple(exponents)}
+    warning = (
+        f"the last weights left few effective particles and are tempered (exponent {exponents.outside:.2g} of 1): "
+        "moments lie between those of the proposal and of the posterior"
+    )
+    return replace(found, notes=notes, warnings=(*found.warnings, warning))
 
 
 def _best_restart(
@@ -297,6 +344,7 @@ def _sampler(
     q: Approximation,
     replicates: list[Replicate],
     shares: Tensor,
+    exponents: Exponents,
 ) -> Any:
     def sample(n: int, streams: Streams) -> dict[str, Tensor]:
         generator = streams.of("joint draws")
@@ -305,7 +353,7 @@ def _sampler(
             minlength=len(replicates),
         )
         parts = [
-            _draw_from(problem, weighting, q, r, int(c), generator)
+            _draw_from(problem, weighting, q, r, int(c), generator, exponents)
             for r, c in zip(replicates, counts, strict=True)
             if c > 0
         ]
@@ -322,10 +370,12 @@ def _draw_from(
     r: Replicate,
     n: int,
     generator: torch.Generator,
+    exponents: Exponents,
 ) -> dict[str, Tensor]:
     with torch.no_grad():
-        factors = evaluated(problem, weighting, r.particles, q).factors()
-        indices = weighting.plan.draw(factors, n, generator)
+        factors = evaluated(problem, weighting, r.particles, q).factors(*exponents)
+        power = exponents.outside / exponents.within
+        indices = weighting.plan.draw(factors, n, generator, power=power)
     drawn: dict[str, Tensor] = {}
     blocks: Sequence[Block] = weighting.blocks
     if isinstance(r.particles, PartDraws):

@@ -86,7 +86,8 @@ def _meetings(
 ) -> list[tuple[str, ...]]:
     """Scopes of the factors, and of all factors around a latent together that is summed out of their product first.
 
-    Such are enumerated latents, and chains: an axis of any factor along a chain rides through every step of its sum.
+    Such are enumerated latents, chains (an axis of any factor along a chain rides through every step of its sum), and
+    all latents of inner plates.
     """
     scopes = [f.scope for f in graph.densities]
     for v in graph.latents:
@@ -94,7 +95,27 @@ def _meetings(
         if chain or (v.name not in asked and is_enumerable(v, options.enumerate_up_to)):
             around = [n for s in scopes if v.name in s for n in s]
             scopes = [*scopes, tuple(dict.fromkeys(around))]
-    return scopes
+    return [*scopes, *_around_plates(graph, scopes)]
+
+
+def _around_plates(graph: Graph, scopes: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Outer latents around every connected set of latents of an inner context, the innermost first."""
+    context = {v.name: graph.closure(v.plates) for v in graph.latents}
+    left = [frozenset(s) & context.keys() for s in scopes]
+    found: list[tuple[str, ...]] = []
+    for plates in sorted(set(context.values()), key=len, reverse=True):
+        inside = {n for n in context if context[n] == plates}
+        if not plates:
+            break
+        joined: list[frozenset[str]] = []
+        for scope in (s for s in left if s & inside):
+            touching = [j for j in joined if j & scope & inside]
+            joined = [j for j in joined if j not in touching]
+            joined.append(scope.union(*touching))
+        outer = [j - inside for j in joined]
+        left = [s for s in left if not s & inside] + outer
+        found += [tuple(n for n in context if n in o) for o in outer if len(o) > 1]
+    return found
 
 
 def _check_name(option: str, name: str, latents: Iterable[str]) -> None:

@@ -9,31 +9,34 @@ of its draws (Fisher's identity), with the curvature that the same draws leave a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions.transforms import Transform
 
 from ppl.binding import Bound
 from ppl.graph import Graph, Law, Ref, Variable
 from ppl.inference.particles.blocks import transform_of
-from ppl.lower import Compiler, map_name, variables_of
+from ppl.inference.particles.density import joint_density
+from ppl.lower import variables_of
 from ppl.manifolds import manifold_of
 from ppl.passes import upstream
 from ppl.posterior import Posterior
-from ppl.simulation import DRAW
 from ppl.streams import Streams
 
-_PLACES = frozenset(("loc", "logits", "rate", "probs", "mean", "log_rate"))  # leaves that move a law
+_PLACES = frozenset("loc logits rate probs mean log_rate".split())  # leaves that move a law
 _ROUNDS = 30
 _BOLD = 1.9  # of a step of EM, which converges up to twice
 _FAR = 1.0  # largest move of one round, on the unconstrained scale
 _NEAR = 0.05  # of a standard deviation: moves that end the search
 _KNOWN = 0.05  # share of the curvature, were all else known, that is left at least
 _PROBES = 8
-_DRAWS = 200  # of a round
+_DRAWS = 200  # of a round, at most
+_ENTRIES = 10_000_000  # of the arrays of draws of a round
 _LIFTS = (0.0, 2.0)  # of the starts, on the unconstrained scale
 _PRODUCTS = 30  # with the precision, for one step
 
@@ -60,9 +63,7 @@ class Scores:
         return found
 
 
-def _solve(
-    product: Callable[[Tensor], Tensor], right: Tensor, diagonal: Tensor
-) -> Tensor | None:
+def _solve(product: Callable[[Tensor], Tensor], right: Tensor, diagonal: Tensor) -> Tensor | None:
     """Conjugate gradients with a diagonal preconditioner; None where the matrix is not positive definite."""
     found, left = torch.zeros_like(right), right.clone()
     near = left / diagonal
@@ -169,10 +170,12 @@ def _climbed(bound: Bound, held: Held, free: Tensor, fit: Fit, streams: Streams)
     score = scorer(bound, held)
     begin: dict[str, Tensor] = {}
     last, share = torch.zeros_like(free), torch.ones_like(free)
+    rows = sum(math.prod(bound.shape(v)) for v in bound.graph.role("latent", "observed"))
+    count = max(20, min(_DRAWS, _ENTRIES // rows))
     for _ in range(_ROUNDS):
         posterior = fit(hold(bound, held.values(free)), begin)
         begin = {n: posterior.mean(n) for n in posterior.marginals}
-        found = score(free, posterior.samples(_DRAWS, seed=streams.seed))
+        found = score(free, posterior.samples(count, seed=streams.seed))
         move = found.step().clamp(-_FAR, _FAR)
         if bool(((move * found.known.sqrt()).abs() <= _NEAR).all()):
             break
@@ -208,7 +211,7 @@ class Held:
                 total = total + m.log_abs_det_jacobian(x, m(x)).reshape(len(free), -1).sum(-1)
         return total
 
-    def _parts(self, free: Tensor):
+    def _parts(self, free: Tensor) -> Iterator[tuple[tuple[str, Transform | None], Tensor]]:
         parts = free.split(self.sizes, -1)
         shaped = (
             x.reshape((*x.shape[:-1], *s)) for x, s in zip(parts, self.shapes.values(), strict=True)
@@ -232,6 +235,8 @@ def scorer(bound: Bound, held: Held) -> Callable[[Tensor, Mapping[str, Tensor]],
             (slope,) = torch.autograd.grad(value.sum(), point, create_graph=True)
 
         def bent(vector: Tensor) -> Tensor:
+            if not slope.requires_grad:  # linear
+                return torch.zeros_like(vector)
             (image,) = torch.autograd.grad((slope * vector).sum(), point, retain_graph=True)
             return -image.mean(0)
 
@@ -251,43 +256,4 @@ def _diagonal(product: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
     return torch.stack([s * product(s) for s in signs]).mean(0)
 
 
-def joint_density(
-    bound: Bound, names: tuple[str, ...]
-) -> Callable[[Mapping[str, Tensor]], Tensor]:
-    """The log-density ``[n]`` of all factors that read these latents, from draws of all latents ``[n, *plates, *event]``."""
-    graph = bound.graph
-    unknown = {v.name for v in graph.latents}
-    axes = {v.name: (DRAW, *v.plates) if v.name in unknown else v.plates for v in graph.variables.values()}
-    compiler = Compiler(
-        graph, axes, (DRAW, *graph.plates), dtype=bound.dtype, device=bound.device, masks=tuple(bound.masks)
-    )
-    outputs, sizes = [], []
-    for factor in graph.densities:
-        if not set(names) & variables_of(graph, factor):
-            continue
-        along = factor.chain[0] if factor.chain else None
-        plates = [p for p in factor.plates if p != along]
-        parts = [(compiler.density(factor), plates)]
-        if along is not None:
-            parts.append((compiler.transition(factor), [*factor.plates]))
-        for made, over in parts:
-            order = compiler.sorted_axes((DRAW, *over))
-            outputs.append(compiler.align(made, order))
-            sizes.append([bound.size(p) - (p == along) for p in order[1:]])
-    lowered = compiler.finish(outputs)
-    fixed = {**bound.dense, **{map_name(*k): m for k, m in bound.maps.items()}}
-    fixed |= {name + "@mask": mask for name, mask in bound.masks.items()}
-    for v in graph.role("param"):
-        first = torch.as_tensor(v.initial, dtype=bound.dtype, device=bound.device)
-        fixed[v.name] = first.expand(bound.shape(v))
-
-    def total(draws: Mapping[str, Tensor]) -> Tensor:
-        arrays = {**fixed, **draws}
-        found = lowered({k: arrays[k] for k in lowered.inputs})
-        n = len(next(iter(draws.values())))
-        return sum(x.expand(n, *s).reshape(n, -1).sum(-1) for x, s in zip(found, sizes, strict=True))
-
-    return total
-
-
-__all__ = ["Held", "Scores", "held_latents", "hold", "joint_density", "marginal_draws", "scorer"]
+__all__ = ["Held", "Scores", "held_latents", "hold", "marginal_draws", "scorer"]

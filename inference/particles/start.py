@@ -58,7 +58,7 @@ def _first(problem: Problem) -> Approximation:
     streams = problem.settings.streams
     # A family has no standard member, so its start is the prior's moments unless it was given.
     families = any(m.family and m.start is None for b in problem.blocks for m in b.members)
-    wanted = problem.options.start == "prior" or families
+    wanted = problem.options.start in ("prior", "auto") or families
     if problem.options.start in CHEAP:
         draws = cheap_draws(problem)
     else:

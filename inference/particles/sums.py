@@ -97,9 +97,16 @@ def normal_from_square(square: Tensor, scale: Tensor, count: Tensor | int) -> Te
 def linear_part(batch: int, ones: Tensor, part: Tensor) -> Tensor:
     """Sum over rows of ``ones [*batch, rows]`` times a part: ``[*batch, *own]``."""
     own = part.shape[batch + 1 :]
+    if part.shape[batch] == 1:
+        return _beside(ones.sum(-1), len(own)) * part.squeeze(batch)
     lead = _shape(ones.shape, part.shape[: batch + 1])
     flat = part.expand(*lead, *own).reshape(*lead, -1)
     return (ones.expand(lead).unsqueeze(-2) @ flat).reshape(*lead[:-1], *own)
+
+
+def _beside(x: Tensor, count: int) -> Tensor:
+    """With trailing axes of size one."""
+    return x.reshape(*x.shape, *(1,) * count)
 
 
 def log_partition(batch: int, count: Tensor, left: Tensor, right: Tensor | None) -> Tensor:
@@ -199,8 +206,8 @@ def bernoulli_sum(batch: int, varying: int, ones: Tensor, count: Tensor, *parts:
         line = line.reshape(
             *line.shape[:batch], *(1,) * done, *line.shape[batch:], *(1,) * (own - done - width)
         )
-        fits = line.numel() <= total.numel() and line.ndim <= total.ndim
-        total = total.add_(line) if fits and not line.requires_grad else total + line
+        fits = not line.requires_grad and _shape(total.shape, line.shape) == tuple(total.shape)
+        total = total.add_(line) if fits else total + line
         done += width
     return total
 

@@ -26,8 +26,13 @@ from ppl.inference.particles.pilot import refined, wants_pilot
 from ppl.inference.particles.problem import Problem, prepare_particles
 from ppl.inference.particles.proposals import Particles, Proposal
 from ppl.inference.particles.shards import PartDraws, average_in_parts, inner_blocks
-from ppl.inference.particles.start import first_approximation
-from ppl.inference.particles.weighting import Weighting
+from ppl.inference.particles.tempering import (
+    Exponents,
+    effective_share,
+    largest_exponents,
+    may_differ,
+)
+from ppl.inference.qem import beginning
 from ppl.inference.qem.options import QEM
 from ppl.posterior import Posterior
 
@@ -68,7 +73,7 @@ def prepare(bound: Bound, options: QEM, settings: Settings) -> Problem:
 
 def init(problem: Problem) -> State:
     """The first approximation, not tempered."""
-    return State(first_approximation(problem), _first_bridge(problem), 0, 0)
+    return State(beginning.first(problem), _first_bridge(problem), 0, 0)
 
 
 def _first_bridge(problem: Problem) -> float:
@@ -82,7 +87,7 @@ def step(problem: Problem, state: State, batch: Any = None) -> tuple[State, Info
     weighting = problem.weighting
     particles = draw_in_parts(weighting, state.q, problem.settings.streams)
     here = evaluated(problem, weighting, particles, state.q)
-    bridge, inner, weights = cross(problem, state, here, can_differ(weighting))
+    bridge, inner, weights = cross(problem, state, here, may_differ(weighting))
     averaged = _averaged(problem, state, particles, here.arrays, weights, bridge)
     params = state.q.params
     if params:
@@ -140,59 +145,19 @@ def _stride(state: State) -> float:
     return STRIDE * (1 + (state.iteration - state.risen) / _PATIENCE) ** -0.6
 
 
-def can_differ(weighting: Weighting) -> bool:
-    """Whether weights within plates may have an exponent of their own."""
-    along = any(b.chain and b.plates == (b.chain,) for b in weighting.blocks)
-    return weighting.plan.split is None and weighting.share is None and not along
-
-
 def cross(
     problem: Problem, state: State, here: Evaluated, apart: bool = False
 ) -> tuple[float, float, Weights]:
     """The largest exponents that leave enough effective particles, outside and within plates, and the weights there.
 
-    Tempering within plates makes their message to the other blocks that of mean-field inference, which is too narrow; so
-    plates are tempered for their own sake only. ``apart=False`` keeps both exponents equal.
+    ``apart=False`` keeps both exponents equal.
     """
     if not problem.options.bridge or not here.particles or state.crossed > 0:
-        return 1.0, 1.0, weigh(here, last=True, enumerated=False)
-    inner = min(1.0, state.inner * 4) if apart else 1.0
-    bridge = min(inner, state.bridge * 4)
-    while True:
-        inner = inner if apart else bridge
-        weights = weigh(here, bridge, inner=inner, enumerated=False)
-        outside, within = effective_shares(here.weighting, weights)
-        if min(outside, within) >= _ENOUGH or bridge < 1e-12:
-            return bridge, inner, weights
-        if apart and within < _ENOUGH:
-            inner = inner / 2
-            bridge = min(bridge, inner)
-        else:
-            bridge = bridge / 2
-
-
-def effective_share(weighting: Weighting, weights: Weights) -> float:
-    """The lesser of :func:`effective_shares`."""
-    return min(effective_shares(weighting, weights))
-
-
-def effective_shares(weighting: Weighting, weights: Weights) -> tuple[float, float]:
-    """Effective share of the particles outside and within plates: median over a block's elements, least over the blocks.
-
-    Of a plate spread over processes only the blocks outside it count: they are the same everywhere.
-    """
-    least = {False: 1.0, True: 1.0}
-    own = inner_blocks(weighting) if weighting.share else ()
-    for block in weighting.blocks:
-        if block.enumerated or block in own:
-            continue
-        w = weights.marginals[block.axis]
-        k = w.shape[-1]
-        ess = 1.0 / w.square().sum(-1)
-        share = float(((ess - 1) / max(k - 1, 1)).median()) if bool(w.isfinite().all()) else 0.0
-        within = bool(block.plates)
-        least[within] = min(least[within], share)
-    return least[False], least[True]
+        return 1.0, 1.0, weigh(here, last=True)
+    within = min(1.0, state.inner * 4) if apart else 1.0
+    first = Exponents(min(within, state.bridge * 4), within)
+    exponents, weights = largest_exponents(here, first, _ENOUGH, apart)
+    return exponents.outside, exponents.within, weights
 
 
 def _common(problem: Problem, state: State) -> State:

@@ -38,6 +38,7 @@ from ppl.inference.particles.estep import Evaluated, Weights, draw_all, evaluate
 from ppl.inference.particles.problem import Problem
 from ppl.inference.particles.proposals import Joint, Particles, Proposal
 from ppl.inference.particles.shards import lies_within, narrowed, scatter
+from ppl.inference.particles.tempering import effective_share
 from ppl.inference.particles.weighting import Weighting, make_weighting, real_plates
 from ppl.inference.qem import distributed, kernel
 from ppl.inference.qem.options import QEM
@@ -135,7 +136,7 @@ def step(problem: Problem, state: Any, batch: Batch | None = None) -> tuple[Any,
             ratio,
             int(state.visits[batch.part]),
         )
-    share = kernel.effective_share(weighting, weights)
+    share = effective_share(weighting, weights)
     new = _next(problem, state, batch, averaged, bridge, share, sites)
     return new, _info(problem, new, batch.plate, weights)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ppl.errors import ModelError
-from ppl.inference.particles.options import ParticleOptions
+from ppl.inference.particles.options import ParticleOptions, Start
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class QEM(ParticleOptions):
     Source: [Heap2025]; the bridge and joint blocks are additions.
     """
 
+    start: Start = "auto"
     step: str | float | Any = "schedule"
     bridge: bool = True
     variance_correction: bool = False

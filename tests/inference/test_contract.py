@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from typing import NamedTuple
@@ -385,6 +386,25 @@ def test_random_models_equal_enumeration(seed):
     torch.testing.assert_close(log_z, truth.log_z, **TIGHT)
     for copy in truth.copies:
         torch.testing.assert_close(weights[copy[0]][copy[1:]], truth.joint(copy), **TIGHT)
+
+
+@pytest.mark.parametrize("particles_first", [False, True])
+@pytest.mark.parametrize("seed", range(0, 40, 4))
+def test_some_weights_are_those_of_all(seed, particles_first):
+    model = random_case(seed)
+    factors = model.factors()
+    layout = dataclasses.replace(model.layout, particles_first=particles_first)
+    plan = make_plan(model.scopes, layout, plates_of=model.plates_of)
+    try:
+        log_z, everything = plan.marginals(factors)
+    except UnsupportedError:
+        pytest.skip("a random model that crosses")
+    one = next(iter(everything))
+    again, some = plan.marginals(factors, only=frozenset([one]))
+    assert list(some) == [one]
+    torch.testing.assert_close(again, log_z, **TIGHT)
+    torch.testing.assert_close(some[one], everything[one], **TIGHT)
+    torch.testing.assert_close(log_z, model.plan().log_evidence(factors), **TIGHT)
 
 
 def test_joint_marginals_equal_enumeration():

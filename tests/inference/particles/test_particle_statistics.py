@@ -18,7 +18,7 @@ from ppl import (
     plate,
 )
 from ppl.backend import Settings
-from ppl.inference.particles import statistics, sums, weighting
+from ppl.inference.particles import squares, sums, weighting
 from ppl.inference.particles.estep import draw_all, evaluated, weigh
 from ppl.inference.qem import QEM, init, prepare
 from ppl.streams import Streams
@@ -148,7 +148,7 @@ def pointwise(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def split_small_factors(monkeypatch):
-    monkeypatch.setattr(statistics, "_SMALL", 0)
+    monkeypatch.setattr(squares, "_SMALL", 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -11,6 +11,7 @@ import torch
 from scipy import stats
 
 from ppl import (
+    Bernoulli,
     HalfNormal,
     ModelError,
     Normal,
@@ -170,10 +171,17 @@ def test_a_start_from_laplace_needs_no_bridge(restarts):
     assert torch.allclose(means["laplace"], means["prior"], atol=0.15)
 
 
+@model
+def two_levels():
+    high, level = latent("high", Bernoulli(0.5)), latent("level", Normal(0.0, 1.0))
+    with plate("row"):
+        observe("y", Normal(level + high, 1.0))
+
+
 def test_a_start_that_cannot_be_had_is_refused_with_the_remedy():
     with pytest.raises(UnsupportedError, match="laplace cannot fit this model") as refused:
-        quiet(groups_of_rows, {"y": np.zeros((3, 2))}, start="laplace")
-    assert "'spread'" in str(refused.value) and "start='prior'" in str(refused.value)
+        quiet(two_levels, {"y": np.zeros(3)}, start="laplace")
+    assert "'high'" in str(refused.value) and "start='prior'" in str(refused.value)
     with pytest.raises(ModelError, match="prior, standard, laplace, gbp"):
         QEM(start="newton")
     with pytest.raises(ModelError, match="'auto', 'correlation' or groups"):

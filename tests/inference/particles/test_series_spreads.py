@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pytest
 import torch
 from scipy import integrate, stats
 
@@ -20,7 +21,8 @@ from ppl import (
 )
 from ppl.backend import Settings
 from ppl.inference.particles.cheap import cheap_draws
-from ppl.inference.particles.spreads import Held, held_latents, hold, joint_density, scorer
+from ppl.inference.particles.density import joint_density
+from ppl.inference.particles.spreads import Held, held_latents, hold, scorer
 from ppl.inference.qem import QEM, prepare
 from ppl.streams import Streams
 
@@ -56,8 +58,8 @@ def counts():
             observe("y", NegativeBinomial(total_count=size.exp(), logits=x - size))
 
 
-def draws_of(program, data, **options):
-    problem = prepare(program.bind(data), QEM(start="laplace", **options), Settings(Streams(0)))
+def draws_of(program, data, method="laplace"):
+    problem = prepare(program.bind(data), QEM(start=method), Settings(Streams(0)))
     return cheap_draws(problem)
 
 
@@ -66,7 +68,9 @@ def marginal_of_log_spread():
 
     def log_density(s):
         cov = 25.0 * np.ones((12, 12)) + (math.exp(2 * s) + 0.25) * np.eye(12)
-        return stats.multivariate_normal(np.zeros(12), cov).logpdf(EFFECTS) + stats.norm(-2, 2).logpdf(s)
+        return stats.multivariate_normal(np.zeros(12), cov).logpdf(EFFECTS) + stats.norm(
+            -2, 2
+        ).logpdf(s)
 
     top = log_density(0.7)
     moments = [
@@ -84,10 +88,11 @@ def test_which_latents_are_held():
     assert held_latents(counts.graph({"y": [[1.0]]})) == ("scale_mean", "scale", "size")
 
 
-def test_the_mode_is_that_of_the_marginal_posterior():
+@pytest.mark.parametrize("method", ["laplace", "gbp"])
+def test_the_mode_is_that_of_the_marginal_posterior(method):
     """The joint mode has no spread at all: its density grows without bound there, up to the prior's fall."""
     mean, sd = marginal_of_log_spread()
-    draws = draws_of(schools, {"y": EFFECTS})
+    draws = draws_of(schools, {"y": EFFECTS}, method)
     assert abs(float(draws["log_spread"].mean()) - mean) < 0.25 * sd
     assert abs(math.log(float(draws["log_spread"].std()) / sd)) < 0.2
     shrunk = np.exp(2 * mean) / (np.exp(2 * mean) + 0.25)
@@ -107,7 +112,7 @@ def test_a_prior_that_is_far_off_is_left():
     draws = draws_of(counts, {"y": generator.poisson(np.exp(x)).astype(float)})
     # The prior says -3 +- 0.5, the paths log 0.5; in between because part of them may be noise of the counts.
     assert -1.4 < float(draws["scale_mean"].mean()) < -0.5
-    assert np.corrcoef(draws["x"].mean(0).ravel(), x.ravel())[0, 1] > 0.98
+    assert np.corrcoef(draws["x"].mean(0).ravel(), x.ravel())[0, 1] > 0.96
 
 
 def test_scores_are_derivatives_of_the_log_density():

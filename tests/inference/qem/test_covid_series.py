@@ -33,4 +33,7 @@ def test_the_log_evidence_of_daily_covid_follows_the_path_of_the_paper(seed):
         state, info = step(problem, state)
         found.append(info.metrics["log_evidence"])
     for iteration, (value, factor) in PATH.items():
-        assert abs(math.log(found[iteration] / value)) < math.log(factor), (iteration, found[iteration])
+        assert abs(math.log(found[iteration] / value)) < math.log(factor), (
+            iteration,
+            found[iteration],
+        )

@@ -1,0 +1,76 @@
+"""Exponents of the weights: how far a weighting may go from the proposals to the posterior with the particles that it has.
+
+Outside all plates and within them the exponents may differ. Tempering within plates makes their message to the other blocks that
+of mean-field inference, which is too narrow; so plates are tempered for their own sake only.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ppl.inference.particles.estep import Evaluated, Weights, weigh
+from ppl.inference.particles.shards import inner_blocks
+from ppl.inference.particles.weighting import Weighting
+
+_NONE = 1e-12  # exponent at which weights count as equal
+
+
+class Exponents(NamedTuple):
+    """Of the weights, and of those within plates."""
+
+    outside: float = 1.0
+    within: float = 1.0
+
+
+def may_differ(weighting: Weighting) -> bool:
+    """Whether weights within plates may have an exponent of their own."""
+    along = any(b.chain and b.plates == (b.chain,) for b in weighting.blocks)
+    return weighting.plan.split is None and weighting.share is None and not along
+
+
+def largest_exponents(
+    here: Evaluated, first: Exponents, enough: float, apart: bool
+) -> tuple[Exponents, Weights]:
+    """The largest exponents that leave an effective share ``enough`` of every block's particles, and the weights there.
+
+    Args:
+        here: particles and log-densities.
+        first: where the search begins; it goes down by halves.
+        enough: least effective share, see :func:`effective_shares`.
+        apart: whether the exponent within plates may be larger than the one outside.
+    """
+    outside, within = first
+    while True:
+        within = within if apart else outside
+        weights = weigh(here, outside, inner=within)
+        shares = effective_shares(here.weighting, weights)
+        if min(shares) >= enough or outside < _NONE:
+            return Exponents(outside, within), weights
+        if apart and shares[1] < enough:
+            within = within / 2
+            outside = min(outside, within)
+        else:
+            outside = outside / 2
+
+
+def effective_share(weighting: Weighting, weights: Weights) -> float:
+    """The lesser of :func:`effective_shares`."""
+    return min(effective_shares(weighting, weights))
+
+
+def effective_shares(weighting: Weighting, weights: Weights) -> tuple[float, float]:
+    """Effective share of the particles outside and within plates: median over a block's elements, least over the blocks.
+
+    Of a plate spread over processes only the blocks outside it count: they are the same everywhere.
+    """
+    least = {False: 1.0, True: 1.0}
+    own = inner_blocks(weighting) if weighting.share else ()
+    for block in weighting.blocks:
+        if block.enumerated or block in own:
+            continue
+        w = weights.marginals[block.axis]
+        k = w.shape[-1]
+        ess = 1.0 / w.square().sum(-1)
+        share = float(((ess - 1) / max(k - 1, 1)).median()) if bool(w.isfinite().all()) else 0.0
+        least[bool(block.plates)] = min(least[bool(block.plates)], share)
+    return least[False], least[True]

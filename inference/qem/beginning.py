@@ -1,0 +1,56 @@
+"""Where a run begins: at the prior, or where that says next to nothing of the posterior, at a cheap fit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from ppl.errors import UnsupportedError
+from ppl.inference.particles.approximation import Approximation
+from ppl.inference.particles.estep import draw_all, draws_in_parts, evaluated, weigh
+from ppl.inference.particles.problem import Problem
+from ppl.inference.particles.start import first_approximation
+from ppl.inference.particles.tempering import effective_share
+
+_LEAST = 1e-3  # exponent of the weights at which the prior's particles must still count
+_ENOUGH = 0.2  # effective share of them
+_MOST = 100_000  # unknown scalars up to which the other method is cheap
+
+
+def first(problem: Problem) -> Approximation:
+    """The first approximation; ``start="auto"`` is the prior's, or that of laplace where the former is hopeless."""
+    if problem.options.start != "auto":
+        return first_approximation(problem)
+    prior = first_approximation(_starting(problem, "prior"))
+    if not _may_differ(problem) or not _is_hopeless(problem, prior):
+        return prior
+    try:
+        return first_approximation(_starting(problem, "laplace"))
+    except UnsupportedError:
+        return prior
+
+
+def _starting(problem: Problem, start: str) -> Problem:
+    return replace(problem, options=replace(problem.options, start=start))
+
+
+def _may_differ(problem: Problem) -> bool:
+    """Whether there is something to gain, and to lose little."""
+    bound, options = problem.bound, problem.options
+    scalars = sum(math.prod(bound.shape(v)) for v in bound.graph.latents)
+    plain = problem.settings.minibatch is None and problem.weighting.share is None
+    plain = plain and not draws_in_parts(problem.weighting) and not options.q
+    return plain and options.bridge and bool(problem.blocks) and scalars <= _MOST
+
+
+def _is_hopeless(problem: Problem, prior: Approximation) -> bool:
+    """Whether a thousandth of what the data say leaves few of the prior's particles."""
+    if not prior.proposals:
+        return False
+    drawn = draw_all(problem.weighting, prior, problem.settings.streams.child("trial"))
+    here = evaluated(problem, problem.weighting, drawn, prior)
+    weights = weigh(here, _LEAST, last=True)
+    return not effective_share(problem.weighting, weights) >= _ENOUGH
+
+
+__all__ = ["first"]
