@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch.distributions import constraints
 from ppl.arguments import illegal_arguments
 from ppl.columns import Column, Columns
 from ppl.distributions import MultivariateNormal
-from ppl.errors import DataError, nearest
+from ppl.errors import DataError, ModelError, nearest
 from ppl.graph import Graph, Variable
 
 Missing = Literal["marginalise", "error"]
@@ -112,6 +112,8 @@ def bind(
     Raises:
         DataError: sizes that disagree, unknown labels, a missing site, NaN in a covariate, a value outside a support.
     """
+    if missing not in get_args(Missing):
+        raise ModelError(f"missing: expected 'marginalise' or 'error', got {missing!r}.")
     plates = _Plates(graph, columns, sizes or {}, labels or {}, before or {})
     graph = replace(
         graph, plates={n: replace(p, size=plates.sizes[n]) for n, p in graph.plates.items()}

@@ -132,6 +132,7 @@ def infer(
         ]
         _check_supported(name, [*backend.supports(bound.graph), *lacking])
         streams = Streams(seed, bound.device)
+        _check_stop(max_iters, tol)
         settings = Settings(streams, _restarts(restarts), _bytes(memory), max_iters, tol, minibatch)
         run = _Run(
             model,
@@ -522,12 +523,23 @@ def _restarts(restarts: int) -> int:
     return restarts
 
 
+def _check_stop(max_iters: int | None, tol: float | None) -> None:
+    if max_iters is not None and (not isinstance(max_iters, int) or max_iters < 0):
+        raise ModelError(
+            f"max_iters: expected a whole number that is not negative, got {max_iters!r}."
+        )
+    if tol is not None and not tol >= 0:
+        raise ModelError(f"tol: expected a number that is not negative, got {tol!r}.")
+
+
 def _bytes(memory: int | str | None) -> int | None:
     """A budget in bytes.
 
     >>> _bytes("1.5GiB")
     1610612736
     """
+    if isinstance(memory, int) and memory <= 0:
+        raise ModelError(f"memory: expected a positive number of bytes, got {memory!r}.")
     if memory is None or isinstance(memory, int):
         return memory
     units = {

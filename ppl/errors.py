@@ -35,9 +35,15 @@ class Where(NamedTuple):
 def user_frame(start: FrameType | None = None) -> FrameType | None:
     """The innermost frame outside this package, torch and NumPy, or None at top level."""
     frame: FrameType | None = start or sys._getframe(1)
-    while frame is not None and _is_internal(frame.f_code.co_filename):
+    while frame is not None and (_is_internal(frame.f_code.co_filename) or _is_made(frame)):
         frame = frame.f_back
     return frame
+
+
+def _is_made(frame: FrameType) -> bool:
+    """Whether this is code that a dataclass of ours has made for itself, such as the ``__init__`` of options."""
+    ours = str(frame.f_globals.get("__name__", "")).startswith("ppl.")
+    return ours and frame.f_code.co_filename == "<string>"
 
 
 def user_line() -> Where:

@@ -570,7 +570,7 @@ FEW = {"particles": 8, "final_particles": 8, "replicates": 2}
 # name of the program -> a block that `qem` would use
 BLOCKS = {
     "eight_schools": "mu+tau",
-    "radon": "mu+gamma+sd_county",
+    "radon": "mu+gamma+beta+sd_county+sd_zip+sd_house",
     "movielens": "mu+level",
     "occupancy": "present (all)",
     "mixture": "z (all)",

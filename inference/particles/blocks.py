@@ -36,6 +36,8 @@ from ppl.inference.particles.sharing import block_plates, is_enumerable, named_g
 from ppl.manifolds import manifold_of
 from ppl.passes import upstream
 
+_REAL = ("Normal", "Laplace", "VonMises")  # families that leave no real value out
+
 RESTART = "restart"
 
 
@@ -344,6 +346,11 @@ def _family(v: Variable, override: Any) -> tuple[str | None, Any]:
         raise ModelError(
             f"q={{'{v.name}': {name}}}: no exponential family of that name.{nearest(name, FAMILIES)} "
             f"Families: {', '.join(FAMILIES)}."
+        )
+    if v.support is constraints.real and name not in _REAL:
+        raise ModelError(
+            f"q={{'{v.name}': {name}}}: '{v.name}' takes all real values, and {name} leaves some of them out. Use "
+            f"{' or '.join(_REAL)}, or leave it out of q=."
         )
     return name, start
 

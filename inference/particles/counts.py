@@ -24,7 +24,7 @@ from ppl.inference.particles.weighting import (
 _COMFORTABLE = (
     200_000  # entries of the largest array up to which more particles cost next to nothing
 )
-_PER_SCALAR = 12  # particles of a block outside plates, which costs little, for each of its scalars
+_PER_SCALAR = 12  # particles of a joint Gaussian outside plates, where they cost little, for each of its scalars
 _TOLERABLE = 20_000_000  # entries of the largest array, about a second an iteration
 # Particles in plates, and outside for each scalar, that are tried in turn where that is exceeded.
 _SCARCE = ((10, 4), (6, 4), (6, 3), (4, 3))
@@ -62,7 +62,8 @@ def particle_counts(
         sizes = {}
         for b in blocks:
             own = [named[n] for n in b.names if n in named]
-            usual = count if b.plates else max(count, min(_PER_SCALAR * b.dims, 1000))
+            joint = not b.plates and b.dims <= options.joint_limit(b.plates)
+            usual = max(count, min(_PER_SCALAR * b.dims, 1000)) if joint else count
             sizes[b.axis] = values_of(b) if b.enumerated else own[0] if own else default or usual
         limit = _COMFORTABLE * (1 if count > 30 else 20)
         if settings.memory is not None:

@@ -69,7 +69,7 @@ class ParticleOptions:
             self.particles.values() if isinstance(self.particles, Mapping) else [self.particles]
         )
         for count in counts if self.particles != "auto" else ():
-            if count is not None and (not isinstance(count, int) or count < 1):
+            if count is not None and not _is_count(count):
                 raise ModelError(
                     f"{name}(particles=...): expected whole numbers of at least 1, got {count!r}."
                 )
@@ -85,7 +85,17 @@ class ParticleOptions:
             raise ModelError(
                 f"{name}(chains=...): expected 'auto', 'scan' or 'tree', got {self.chains!r}."
             )
-        if self.replicates is not None and self.replicates < 1:
+        for option in ("replicates", "final_particles"):
+            value = getattr(self, option)
+            if value is not None and not _is_count(value):
+                raise ModelError(
+                    f"{name}({option}=...): expected a whole number of at least 1, got {value!r}."
+                )
+        if not self.tails > 0:
             raise ModelError(
-                f"{name}(replicates=...): expected at least 1, got {self.replicates!r}."
+                f"{name}(tails=...): expected a positive number or inf, got {self.tails!r}."
             )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

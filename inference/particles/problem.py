@@ -19,6 +19,7 @@ from ppl.inference.particles.counts import particle_counts
 from ppl.inference.particles.memory import Largest, default_memory, factor_arrays
 from ppl.inference.particles.options import ParticleOptions
 from ppl.inference.particles.weighting import (
+    ChainSums,
     Weighting,
     dummy_plates,
     itemsize,
@@ -81,13 +82,11 @@ def prepare_particles(
     seen = bound if batches is None else bound.narrowed(batches.part(0).rows)
     sizes = particle_counts(seen, blocks, options, settings)
     try:
-        weighting = make_weighting(
-            bound, blocks, sizes, restarts, settings.memory, options.chains
-        )
+        weighting = make_weighting(bound, blocks, sizes, restarts, settings.memory, options.chains)
     except UnsupportedError:
         if not isinstance(options.groups, str):
             raise
-        weighting = _grouped(bound, blocks, sizes, restarts, settings.memory)
+        weighting = _grouped(bound, blocks, sizes, restarts, settings.memory, options.chains)
     return Problem(bound, options, settings, weighting, max_iters)
 
 
@@ -97,6 +96,7 @@ def _grouped(
     sizes: Mapping[str, int],
     restarts: int,
     memory: int | None,
+    chains: ChainSums,
 ) -> Weighting:
     """The same with blocks merged until the largest array fits the budget; no split of a plate was enough."""
     budget = memory or default_memory(bound.device)
@@ -111,7 +111,7 @@ def _grouped(
     )
     merged = merge_blocks(blocks, groups)
     counts = {b.axis: max(sizes[a.axis] for a in blocks if a.names[0] in b.names) for b in merged}
-    return make_weighting(bound, merged, counts, restarts, memory)
+    return make_weighting(bound, merged, counts, restarts, memory, chains)
 
 
 def describe(bound: Bound, options: ParticleOptions, settings: Settings) -> str:

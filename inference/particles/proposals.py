@@ -2,7 +2,7 @@
 
 Shapes: particles of a block are ``u [*restart, *plates, K, D]``; state is ``mean [*restart, *plates, D]`` with ``cov``
 ``[..., D, D]`` (full) or ``[..., D]`` (diagonal). Moments are averaged in central form, so a posterior far from zero
-loses no digits (section 8 of the specification; [Heap2025] averages raw moments).
+loses no digits ([Heap2025] averages raw moments).
 """
 
 from __future__ import annotations

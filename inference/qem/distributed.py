@@ -41,7 +41,7 @@ def prepare(bound: Bound, options: QEM, settings: Settings) -> Problem:
     own = bound.narrowed(share.rows(bound))
     old = whole.weighting
     weighting = make_weighting(
-        own, old.blocks, old.sizes, old.restarts, settings.memory, share=share
+        own, old.blocks, old.sizes, old.restarts, settings.memory, options.chains, share
     )
     if not draws_in_parts(weighting):
         raise UnsupportedError(

@@ -124,7 +124,8 @@ def step(problem: Problem, state: Any, batch: Batch | None = None) -> tuple[Any,
     without = plan.marginals(_tempered(here, rest, batch.plate, bridge))[1]
     averaged = _averaged(part, state, q, here, weights, bridge, batch)
     sites = dict(state.sites)
-    for block in outer:
+    # Tempered weights, stretched back, describe a part far from the posterior: sites fitted there run away.
+    for block in outer if bridge == 1.0 else ():
         joint, ratio = q.proposals[block.axis].joint, _message(block, weights, without, bridge)
         assert joint is not None
         sites[block.axis] = _moved(
@@ -190,7 +191,13 @@ def _part_of(problem: Problem, plate: str, number: int) -> tuple[Problem, Plan]:
     whole = problem.weighting
     try:
         weighting = make_weighting(
-            bound, whole.blocks, whole.sizes, whole.restarts, problem.settings.memory, apart=plate
+            bound,
+            whole.blocks,
+            whole.sizes,
+            whole.restarts,
+            problem.settings.memory,
+            problem.options.chains,
+            apart=plate,
         )
     except UnsupportedError as error:
         raise UnsupportedError(f"{error} A smaller minibatch= needs less, too.") from None

@@ -32,7 +32,8 @@ class QEM(ParticleOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.step, str) and self.step != "schedule":
+        known = callable(self.step) or isinstance(self.step, (int, float))
+        if not known and self.step != "schedule":
             raise ModelError(
                 f"QEM(step=...): expected 'schedule', a number in (0, 1] or a function, got {self.step!r}."
             )

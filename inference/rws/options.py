@@ -38,7 +38,7 @@ class RWS(ParticleOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.learning_rate > 0:
+        if not isinstance(self.learning_rate, (int, float)) or not self.learning_rate > 0:
             raise ModelError(
                 f"RWS(learning_rate=...): expected a positive number, got {self.learning_rate!r}."
             )

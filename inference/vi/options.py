@@ -90,7 +90,8 @@ class VI:
                 raise ModelError(
                     f"VI({option}=...): expected a whole number of at least 1, got {value!r}."
                 )
-        if not self.rate > 0 or not self.tempering > 0 or self.warmup < 0:
+        numbers = all(isinstance(v, (int, float)) for v in (self.rate, self.tempering, self.warmup))
+        if not numbers or not self.rate > 0 or not self.tempering > 0 or self.warmup < 0:
             raise ModelError(
                 "VI: learning_rate and tempering are positive, warmup is not negative; got "
                 f"{self.learning_rate!r}, {self.tempering!r}, {self.warmup!r}."

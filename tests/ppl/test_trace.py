@@ -395,15 +395,16 @@ def test_the_parents_of_a_chain_are_those_of_both_laws():
     assert "lag" in graph.access("x", "x")
 
 
-def test_the_start_of_a_chain_cannot_see_time():
+def test_the_start_of_a_chain_sees_the_first_element_of_time():
     @model
     def m():
         with plate("day", 5, ordered=True):
             drift = latent("drift", Normal(0.0, 1.0))
             latent("x", Markov(Normal(drift, 1.0), lambda x: Normal(x + drift, 1.0)))
 
-    with pytest.raises(ModelError, match="'drift' varies over plate 'day', which is not open"):
-        m.graph()
+    graph = m.graph()
+    assert graph.parents("x") == ("drift",)
+    assert any(n.op == "pick" and n.name == "day" for n in graph.nodes)
 
 
 def test_reading_a_covariate_twice_gives_one_node():

@@ -143,6 +143,33 @@ def test_only_the_moments_of_the_batch_advance():
     assert state.visits.sum() == 1
 
 
+@model
+def rows():
+    middle, between = latent("middle", Normal(0.0, 2.0)), latent("between", HalfNormal(1.0))
+    noise = latent("noise", HalfNormal(1.0))
+    group = plate("group")
+    with group:
+        level = latent("level", Normal(middle, between))
+    with plate("row", within=group):
+        observe("y", Normal(level, noise))
+
+
+def test_tempered_steps_leave_the_sites_alone():
+    """A site fitted where the weights are still tempered ran away, to means in the thousands."""
+    g = torch.Generator().manual_seed(1)
+    group = torch.arange(100).repeat_interleave(5)
+    level = 1.0 + 0.7 * torch.randn(100, generator=g, dtype=torch.float64)
+    y = level[group] + 0.5 * torch.randn(500, generator=g, dtype=torch.float64)
+    data = {"group": group, "y": y}
+    _, whole = run(rows, data, None, 120)
+    want = next(iter(whole.q.proposals.values())).joint
+    for seed in range(3):
+        _, state = run(rows, data, {"group": 20}, 200, seed)
+        found = next(iter(state.q.proposals.values())).joint
+        assert state.bridge == 1.0
+        assert ((found.mean - want.mean).abs() / want.sd).max() < 0.6
+
+
 @pytest.mark.filterwarnings("ignore:qem")
 def test_the_last_weighting_is_of_all_elements():
     posterior = infer(
