@@ -50,6 +50,7 @@ from ppl.streams import Streams
 
 _FEW = 40  # effective particles of all replicates below which the last weights are tempered
 _FEWEST = 5  # of one replicate
+_SEARCHED = 30  # scalars up to which draws of the prior say where a mode was missed
 
 
 class Replicate(NamedTuple):
@@ -86,6 +87,8 @@ def posterior(
         )
     shares = log_z.softmax(0)
     marginals = _marginals(weighting, replicates, shares, running)
+    if running is None:
+        warnings = (*warnings, *_missed(problem, weighting, chosen, log_z))
     diagnostics = _diagnostics(weighting, marginals, agreement, iterations, warnings, running)
     exponents = Exponents()
     if running is None and _effective(weighting, marginals) < _FEW:
@@ -118,7 +121,14 @@ def check_last(problem: Problem) -> None:
     """
     counts = final_counts(problem.weighting, problem.options, problem.settings.memory)
     try:
-        make_weighting(problem.bound, problem.blocks, counts, 0, problem.settings.memory)
+        make_weighting(
+            problem.bound,
+            problem.blocks,
+            counts,
+            0,
+            problem.settings.memory,
+            problem.options.chains,
+        )
     except UnsupportedError as error:
         raise UnsupportedError(
             f"the last weighting, with final_particles={problem.options.final_particles}: {error}"
@@ -174,6 +184,31 @@ def _replicate(
         running.add(particles, log_z, marginals)
         marginals = {a: w for a, w in marginals.items() if a not in running.squares}
     return Replicate(particles, log_z, marginals)
+
+
+def _missed(
+    problem: Problem, weighting: Weighting, q: Approximation, log_z: Tensor
+) -> tuple[str, ...]:
+    """A warning where particles of the prior find more evidence than those of the proposals: a mode was missed.
+
+    Weights of fitted proposals cannot show it, for no particle lies there.
+    """
+    if sum(b.dims for b in weighting.blocks) > _SEARCHED:
+        return ()
+    options = replace(problem.options, start="prior")
+    first = first_approximation(replace(problem, weighting=weighting, options=options))
+    wide = Approximation(first.proposals, q.params)
+    found = _replicate(problem, weighting, wide, -1, None)
+    ess = min(
+        (float((1 / w.square().sum(-1)).median()) for w in found.marginals.values()), default=0.0
+    )
+    gain = float(found.log_z - (log_z.logsumexp(0) - math.log(len(log_z))))
+    if not ess >= _FEW / 2 or not gain > max(0.2, 3 / math.sqrt(ess)):
+        return ()
+    return (
+        f"draws of the prior find {gain:.1f} nats more evidence than the fitted proposals: the posterior has another mode. "
+        "Use restarts=, or more particles",
+    )
 
 
 def _effective(weighting: Weighting, marginals: Mapping[str, Marginal]) -> float:

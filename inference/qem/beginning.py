@@ -15,6 +15,7 @@ from ppl.inference.particles.tempering import effective_share
 _LEAST = 1e-3  # exponent of the weights at which the prior's particles must still count
 _ENOUGH = 0.2  # effective share of them
 _MOST = 100_000  # unknown scalars up to which the other method is cheap
+_ROWS = 5_000  # observed numbers up to which it is
 
 
 def first(problem: Problem) -> Approximation:
@@ -40,7 +41,9 @@ def _may_differ(problem: Problem) -> bool:
     scalars = sum(math.prod(bound.shape(v)) for v in bound.graph.latents)
     plain = problem.settings.minibatch is None and problem.weighting.share is None
     plain = plain and not draws_in_parts(problem.weighting) and not options.q
-    return plain and options.bridge and bool(problem.blocks) and scalars <= _MOST
+    rows = sum(math.prod(bound.shape(v)) for v in bound.graph.role("observed"))
+    small = scalars <= _MOST and rows <= _ROWS
+    return plain and options.bridge and bool(problem.blocks) and small
 
 
 def _is_hopeless(problem: Problem, prior: Approximation) -> bool:
