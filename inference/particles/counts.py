@@ -24,7 +24,7 @@ from ppl.inference.particles.weighting import (
 _COMFORTABLE = (
     200_000  # entries of the largest array up to which more particles cost next to nothing
 )
-_PER_SCALAR = 12  # particles of a joint Gaussian outside plates, where they cost little, for each of its scalars
+_PER_SCALAR = 8  # particles of a joint Gaussian outside plates, where they cost little, for each of its scalars
 _TOLERABLE = 20_000_000  # entries of the largest array, about a second an iteration
 # Particles in plates, and outside for each scalar, that are tried in turn where that is exceeded.
 _SCARCE = ((10, 4), (6, 4), (6, 3), (4, 3))

@@ -43,7 +43,8 @@ def _may_differ(problem: Problem) -> bool:
     plain = plain and not draws_in_parts(problem.weighting) and not options.q
     rows = sum(math.prod(bound.shape(v)) for v in bound.graph.role("observed"))
     small = scalars <= _MOST and rows <= _ROWS
-    return plain and options.bridge and bool(problem.blocks) and small
+    # Elsewhere the bridge comes from the prior by itself; along a chain what a start lacks adds up from step to step.
+    return plain and options.bridge and any(b.chain for b in problem.blocks) and small
 
 
 def _is_hopeless(problem: Problem, prior: Approximation) -> bool:

@@ -43,8 +43,11 @@ _ENOUGH = (
 _MANY = 1_000  # elements of a plate above which the bridge starts below 1
 _WATCHED = 100_000  # entries of a tensor that the stop rule looks at
 STRIDE = 0.4  # step while the bridge is down
-_PATIENCE = 20  # iterations without a rise after which the exponent counts as settled
+_SMOOTH = 0.1  # share of an iteration's exponent in their average
+_RISE = 1.5  # factor by which the average must grow to count as a rise
+_PATIENCE = 12  # iterations without a rise after which the exponent counts as settled
 COLLAPSED = 0.02  # share below which the bridge comes down again
+_SAGGING = 0.08  # the same where all of the data are seen
 
 
 class State(NamedTuple):
@@ -55,8 +58,9 @@ class State(NamedTuple):
     crossed: int  # iterations since then
     iteration: int
     inner: float = 1.0  # exponent of the weights within plates
-    level: float = 0.0  # highest exponent so far, about
-    risen: int = 0  # iteration at which it rose last
+    level: float = 0.0  # average exponent of the last iterations
+    peak: float = 0.0  # the same when it rose last
+    risen: int = 0  # iteration of that
 
 
 def prepare(bound: Bound, options: QEM, settings: Settings) -> Problem:
@@ -94,13 +98,13 @@ def step(problem: Problem, state: State, batch: Any = None) -> tuple[State, Info
         params = learn(problem, params, here, state.iteration + 1)
     crossed = state.crossed + 1 if bridge == 1.0 else 0
     if crossed > 1 and problem.options.bridge and averaged:
-        if effective_share(weighting, weights) < COLLAPSED:
-            bridge, crossed = 0.25, 0
-    level, risen = state.level, state.risen
-    if bridge > 1.5 * level:
-        level, risen = bridge, state.iteration
+        if effective_share(weighting, weights) < _SAGGING:
+            bridge, crossed = 0.5, 0
     q = Approximation(averaged, params)
-    new = State(q, bridge, crossed, state.iteration + 1, inner, level, risen)
+    level = state.level + _SMOOTH * (bridge - state.level)
+    rises = level > _RISE * state.peak
+    peak, risen = (level, state.iteration) if rises else (state.peak, state.risen)
+    new = State(q, bridge, crossed, state.iteration + 1, inner, level, peak, risen)
     return new, info(_common(problem, new), weights)
 
 
@@ -122,7 +126,10 @@ def _averaged(
 ) -> dict[str, Proposal]:
     """The M-step: new moments averaged into every proposal."""
     options = problem.options
-    share = options.step_at(state.crossed) if bridge == 1.0 else _stride(state)
+    share = _stride(state)
+    if bridge == 1.0:  # one lucky crossing does not undo what has been averaged
+        asked = options.step_at(state.crossed)
+        share = min(asked, share) if options.step == "schedule" else asked
 
     def update(block: Block, before: Proposal, drawn: Particles, w: Tensor) -> Proposal:
         return moments.update(block, before, drawn, w, share, options.variance_correction)
@@ -154,8 +161,8 @@ def cross(
     """
     if not problem.options.bridge or not here.particles or state.crossed > 0:
         return 1.0, 1.0, weigh(here, last=True)
-    within = min(1.0, state.inner * 4) if apart else 1.0
-    first = Exponents(min(within, state.bridge * 4), within)
+    within = min(1.0, state.inner * 2) if apart else 1.0
+    first = Exponents(min(within, state.bridge * 2), within)
     exponents, weights = largest_exponents(here, first, _ENOUGH, apart)
     return exponents.outside, exponents.within, weights
 
