@@ -96,16 +96,22 @@ def step(problem: Problem, state: State, batch: Any = None) -> tuple[State, Info
     params = state.q.params
     if params:
         params = learn(problem, params, here, state.iteration + 1)
-    crossed = state.crossed + 1 if bridge == 1.0 else 0
-    if crossed > 1 and problem.options.bridge and averaged:
-        if effective_share(weighting, weights) < _SAGGING:
-            bridge, crossed = 0.5, 0
+    crossed = state.crossed + (bridge == 1.0)
+    if crossed > 1 and bridge == 1.0 and problem.options.bridge and averaged:
+        bridge, crossed = _kept(effective_share(weighting, weights), crossed)
     q = Approximation(averaged, params)
     level = state.level + _SMOOTH * (bridge - state.level)
     rises = level > _RISE * state.peak
     peak, risen = (level, state.iteration) if rises else (state.peak, state.risen)
     new = State(q, bridge, crossed, state.iteration + 1, inner, level, peak, risen)
     return new, info(_common(problem, new), weights)
+
+
+def _kept(share: float, crossed: int) -> tuple[float, int]:
+    """Exponent and count of crossed iterations after one on the posterior itself that left this effective share."""
+    if share < COLLAPSED:
+        return 0.25, 0
+    return (0.5 if share < _SAGGING else 1.0), crossed
 
 
 def posterior(problem: Problem, state: State) -> Posterior:
@@ -127,7 +133,7 @@ def _averaged(
     """The M-step: new moments averaged into every proposal."""
     options = problem.options
     share = _stride(state)
-    if bridge == 1.0:  # one lucky crossing does not undo what has been averaged
+    if bridge == 1.0 or state.crossed:  # one lucky crossing does not undo what has been averaged
         asked = options.step_at(state.crossed)
         share = min(asked, share) if options.step == "schedule" else asked
 
@@ -159,7 +165,8 @@ def cross(
 
     ``apart=False`` keeps both exponents equal.
     """
-    if not problem.options.bridge or not here.particles or state.crossed > 0:
+    passed = state.crossed > 0 and state.bridge == 1.0
+    if not problem.options.bridge or not here.particles or passed:
         return 1.0, 1.0, weigh(here, last=True)
     within = min(1.0, state.inner * 2) if apart else 1.0
     first = Exponents(min(within, state.bridge * 2), within)
