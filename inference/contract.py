@@ -167,16 +167,16 @@ class Plan:
                 raise NumericalError(_LOST if overwrite else self._explain(factors))
             copies = [log_z.numel() // r.numel() for r in results]
             grads = pull([torch.full_like(r, n) for r, n in zip(results, copies, strict=True)])
-            weights = {
+            found = {
                 name: program.unload(g, k)
                 for (name, k), g in zip(watched.items(), grads, strict=True)
             }
             if power != 1.0:
-                weights = {
+                found = {
                     name: w / power if route.inputs[watched[name]].context else w
-                    for name, w in weights.items()
+                    for name, w in found.items()
                 }
-        return log_z, weights
+        return log_z, found
 
     def draw(
         self,
@@ -365,7 +365,8 @@ class Plan:
             inputs, first = list(known.inputs[: self._count]), self._count
             watched: dict[str | tuple[str, str], int] = {}
             singles = [a for a in layout.owners if only is None or a in only]
-            for name in (*singles, *joint):
+            names: list[str | tuple[str, str]] = [*singles, *joint]
+            for name in names:
                 source = source_of(layout, (name,) if isinstance(name, str) else name)
                 alike = [] if known.parts else [i for i in range(first) if inputs[i] == source]
                 watched[name] = alike[0] if alike else len(inputs)

@@ -225,7 +225,8 @@ class _LogMatmul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        made = Shifted(grad, *ctx.saved_tensors, ctx.lost)
+        left, right, product = ctx.saved_tensors
+        made = Shifted(grad, left, right, product, ctx.lost)
         first, second = matmul_gradients(made, grad, ctx.needs_input_grad)
         return first, second
 

@@ -177,19 +177,18 @@ def _split_route(
     inputs: list[Input],
     layout: Layout,
     plate: str,
-    count: int,
+    count: int | Sequence[int],
     tree: bool | None,
     *,
     first_only: bool = False,
 ) -> Route:
-    """Inputs below ``plate`` in ``count`` parts; the first of them alone is enough for a look."""
+    """Inputs below ``plate`` in ``count`` parts, or cut there; the first of them alone is enough for a look."""
     inner = [i for i, x in enumerate(inputs) if plate in x.context]
     outer = [i for i, x in enumerate(inputs) if plate not in x.context]
     size, parts = layout.plates[plate].size, []
     programs: dict[Any, Program] = {}
-    if isinstance(count, int):
-        count = [k * size // count for k in range(count + 1)]
-    for start, stop in list(pairwise(count))[: 1 if first_only else None]:
+    cuts = [k * size // count for k in range(count + 1)] if isinstance(count, int) else count
+    for start, stop in list(pairwise(cuts))[: 1 if first_only else None]:
         rows = layout.rows_below(plate, start, stop)
         narrow = layout.narrowed(rows)
         shape = _shape_of(narrow)

@@ -29,7 +29,6 @@ from ppl import (
     plate,
 )
 from ppl.models.choices import check_choice
-from ppl.value import Value
 
 CountLaw = Literal["poisson", "negative_binomial"]
 Zeros = Literal["inflated", "hurdle"]
@@ -136,7 +135,7 @@ def zero_inflated(law: CountLaw = "poisson", zeros: Zeros = "inflated") -> None:
         observe("count", (Hurdle if zeros == "hurdle" else ZeroInflated)(counts, absent.sigmoid()))
 
 
-def _counts(log_mean: Value, size: Value | None) -> Any:
+def _counts(log_mean: Any, size: Any) -> Any:
     if size is None:
         return Poisson(log_mean.exp())
     return NegativeBinomial(size, logits=log_mean - size.log())

@@ -5,6 +5,8 @@ Normal(m, s) takes a standard deviation s; logit^-1 is the logistic function.
 
 from __future__ import annotations
 
+from typing import Any
+
 from ppl import Bernoulli, Normal, given, latent, model, observe, plate
 from ppl.models.units import normal_in_units
 
@@ -57,7 +59,7 @@ def occupancy(rescaled: bool = False) -> None:
                     observe("obs", Bernoulli(logits=seen))
 
 
-def _common(name: str):
+def _common(name: str) -> tuple[Any, Any]:
     """What birds have in common: the mean, and the standard deviation from its log."""
     mean = latent(f"{name}_mean", Normal(0.0, 1.0))
     return mean, latent(f"{name}_log_var", Normal(0.0, 1.0)).exp()

@@ -337,7 +337,7 @@ def _extended(bound: Bound, plate: str, count: int, future: Mapping[str, Any]) -
         )
     size = bound.size(plate)
     plates = {**graph.plates, plate: replace(graph.plates[plate], size=size + count)}
-    values = bound.values | _continued_covariates(bound, plate, count, future)
+    values = {**bound.values, **_continued_covariates(bound, plate, count, future)}
     new = future.get(plate)
     if new is not None and len(new) != count:
         raise DataError(

@@ -149,7 +149,7 @@ class _Simulation:
         looks_far = self._looks_far(transition, plate)
         row_shape = tuple(1 if i == at else s for i, s in enumerate(shape))
         done = _known_rows(entry, at)
-        if done:
+        if entry is not None and done:
             path.narrow(at, 0, done).copy_(entry.values.narrow(at, 0, done))
         for t in range(max(done, 1), shape[at]):
             # A step that looks past its neighbour needs every array whole; of its result one row is used.

@@ -39,9 +39,12 @@ class Largest(NamedTuple):
 class _Factor(Protocol):
     """One log-factor of the contraction."""
 
-    name: str
-    axes: tuple[str, ...]
-    inside: tuple[str, ...]
+    @property
+    def name(self) -> str: ...
+    @property
+    def axes(self) -> tuple[str, ...]: ...
+    @property
+    def inside(self) -> tuple[str, ...]: ...
 
 
 def default_memory(device: torch.device | str = "cpu") -> int:

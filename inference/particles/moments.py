@@ -36,6 +36,7 @@ def update(
         step: share of the new moments.
         corrected: divide variances by ``1 - sum(w^2)``, the bias of self-normalised weights.
     """
+    dims: tuple[int, ...]
     if not block.tied and math.isfinite(float(weights.sum())):
         dims, shares, good, safe = (), weights, None, weights
     else:

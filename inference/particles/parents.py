@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,7 +108,7 @@ def at_plates(
     bound, lead = weighting.bound, len(weighting.lead)
     if not have:
         return array.reshape(*array.shape[:lead], *(1,) * len(want), *array.shape[lead:])
-    index: list[Tensor | slice] = [slice(None)] * lead
+    index: list[Tensor] = []
     for plate in have:
         holder = next(w for w in want if w == plate or plate in bound.graph.ancestors(w))
         rows = (
@@ -117,10 +118,9 @@ def at_plates(
         )
         at = len(want) - 1 - list(want).index(holder)
         index.append(rows.reshape(-1, *(1,) * at))
-    picked = array[tuple(index)]
-    missing = len(want) - max(
-        i.ndim for i in index[lead:]
-    )  # leading plates that nothing varies over
+    every: list[Any] = [slice(None)] * lead
+    picked = array[(*every, *index)]
+    missing = len(want) - max(i.ndim for i in index)  # leading plates that nothing varies over
     return picked.reshape(*array.shape[:lead], *(1,) * missing, *picked.shape[lead:])
 
 

@@ -36,7 +36,8 @@ def wants_pilot(problem: Problem) -> bool:
         return False
     return any(
         a.plates == b.plates
-        and min(m.dims for m in a.members) + min(m.dims for m in b.members) <= options.joint_limit(a.plates)
+        and min(m.dims for m in a.members) + min(m.dims for m in b.members)
+        <= options.joint_limit(a.plates)
         and min(len(a.members), len(b.members)) > 1
         for a, b in combinations(_open_blocks(problem), 2)
     )

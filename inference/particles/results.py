@@ -180,7 +180,7 @@ def _replicate(
     weights = weigh(here, last=True, pairs=())
     log_z = weights.log_z.detach()
     marginals = {a: w.detach() for a, w in weights.marginals.items()}
-    if running is not None:
+    if running is not None and isinstance(particles, PartDraws):
         running.add(particles, log_z, marginals)
         marginals = {a: w for a, w in marginals.items() if a not in running.squares}
     return Replicate(particles, log_z, marginals)

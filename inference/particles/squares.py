@@ -139,7 +139,7 @@ def _pairs(
     out: list[Piece] = []
     squared: set[int] = set()
     for i, j in combinations(range(len(parts)), 2):
-        with_squares = tuple(k not in squared for k in (i, j))
+        with_squares = (i not in squared, j not in squared)
         squared |= {i, j}
         two = [middle[i], middle[j]]
         axes = c.joint_axes([*two, spread])

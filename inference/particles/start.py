@@ -92,8 +92,10 @@ def _first_proposal(problem: Problem, block: Block, draws: Mapping[str, Tensor])
     shape = problem.weighting.block_shape(block)
     if isinstance(block.form, (Prior, Tilted)):
         laws = problem.weighting.laws
-        tilts = {n: tilted.start(laws[n], problem.bound) for n in block.names}
-        state = Proposal(None, tilts if isinstance(block.form, Tilted) else {})
+        families: dict[str, tuple[Tensor, ...]] = {}
+        if isinstance(block.form, Tilted):
+            families = {n: tilted.start(laws[n], problem.bound) for n in block.names}
+        state = Proposal(None, families)
     else:
         families = {
             m.name: _first_family(problem, block, m, draws) for m in block.members if m.family
@@ -218,7 +220,9 @@ def _first_joint(
         free = proposals.to_free(block, laid, 1 + len(block.plates))
         mean, sd = (part.expand(*shape, -1).clone() for part in robust_moments(free))
     mean, sd = _asked_start(block, mean, sd)
-    full = 0 < block.dims <= problem.options.joint_limit(block.plates) or _asked_joint(problem, block)
+    full = 0 < block.dims <= problem.options.joint_limit(block.plates) or _asked_joint(
+        problem, block
+    )
     full = full or isinstance(block.form, LinearGaussian)
     cov = torch.diag_embed(sd.square()) if full else sd.square()
     if full and problem.options.start in CHEAP:

@@ -127,7 +127,7 @@ def update(
     share = _parent_weights(others, block, marginals, joint)
     usable = usable & share.isfinite().all(-1)
     share = share.nan_to_num()
-    tilts = {}
+    tilts: dict[str, tuple[Tensor, ...]] = {}
     for member in block.members:
         family, natural, fixed = _natural(others.weighting.laws[member.name], others.arrays)
         values = others.drawn[block.axis].values[member.name]

@@ -374,7 +374,7 @@ def _averaged(
     weighting = problem.weighting
     seen = max(0, int(state.visits[batch.part]) - _ROUNDS)
     outer = {b.axis for b in _outer(weighting, batch.plate)}
-    found = {}
+    found: dict[str, Proposal] = {}
     for inside, count in ((False, state.crossed), (True, seen)):
         share = problem.options.step_at(count) if bridge == 1.0 else kernel.STRIDE
         new = update_all(

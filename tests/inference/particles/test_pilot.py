@@ -25,7 +25,7 @@ from ppl import (
 )
 from ppl.backend import Settings
 from ppl.inference.particles.counts import largest
-from ppl.inference.particles.estep import draw_all, evaluated, weigh
+from ppl.inference.particles.estep import draw_all, evaluated
 from ppl.inference.particles.pilot import correlations, wants_pilot
 from ppl.inference.particles.problem import prepare_particles
 from ppl.inference.qem import QEM, init, prepare, step
