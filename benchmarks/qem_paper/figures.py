@@ -120,7 +120,7 @@ def _axes(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]
 def _save(figure: Any, path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 
