@@ -44,7 +44,12 @@ def _may_differ(problem: Problem) -> bool:
     rows = sum(math.prod(bound.shape(v)) for v in bound.graph.role("observed"))
     small = scalars <= _MOST and rows <= _ROWS
     # Elsewhere the bridge comes from the prior by itself; along a chain what a start lacks adds up from step to step.
-    return plain and options.bridge and any(b.chain for b in problem.blocks) and small
+    return (
+        plain
+        and options.bridge
+        and any(b.chain and not b.enumerated for b in problem.blocks)
+        and small
+    )
 
 
 def _is_hopeless(problem: Problem, prior: Approximation) -> bool:
