@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -53,6 +53,7 @@ def update_all(
     weights: Any,
     step: float,
     corrected: bool,
+    blocks: Sequence[Block] | None = None,
 ) -> dict[str, Proposal]:
     """Average the moments of the weighted particles into every proposal.
 
@@ -64,10 +65,11 @@ def update_all(
         weights: ``marginals`` of all axes and ``joint`` ones of :func:`needed_pairs`.
         step: share of the new moments.
         corrected: divide variances of blocks without a form by ``1 - sum(w^2)``.
+        blocks: those to update; all by default.
     """
     others = Others(weighting, drawn, arrays)
     new = {}
-    for b in weighting.blocks:
+    for b in weighting.blocks if blocks is None else blocks:
         if b.enumerated:
             continue
         old = states[b.axis]

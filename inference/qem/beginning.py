@@ -60,6 +60,3 @@ def _is_hopeless(problem: Problem, prior: Approximation) -> bool:
     here = evaluated(problem, problem.weighting, drawn, prior)
     weights = weigh(here, _LEAST, last=True)
     return not effective_share(problem.weighting, weights) >= _ENOUGH
-
-
-__all__ = ["first"]

@@ -47,7 +47,7 @@ _SMOOTH = 0.1  # share of an iteration's exponent in their average
 _RISE = 1.5  # factor by which the average must grow to count as a rise
 _PATIENCE = 12  # iterations without a rise after which the exponent counts as settled
 COLLAPSED = 0.02  # share below which the bridge comes down again
-_SAGGING = 0.08  # the same where all of the data are seen
+_SAGGING = 0.08  # share below which the next iteration is tempered again
 
 
 class State(NamedTuple):
@@ -55,7 +55,7 @@ class State(NamedTuple):
 
     q: Approximation
     bridge: float  # exponent of the weights, 1 once the posterior itself is the target
-    crossed: int  # iterations since then
+    crossed: int  # iterations on the posterior itself since the weights last collapsed
     iteration: int
     inner: float = 1.0  # exponent of the weights within plates
     level: float = 0.0  # average exponent of the last iterations

@@ -377,7 +377,7 @@ def _averaged(
     found: dict[str, Proposal] = {}
     for inside, count in ((False, state.crossed), (True, seen)):
         share = problem.options.step_at(count) if bridge == 1.0 else kernel.STRIDE
-        new = update_all(
+        found |= update_all(
             weighting,
             q.proposals,
             here.particles,
@@ -385,8 +385,8 @@ def _averaged(
             weights,
             share,
             problem.options.variance_correction,
+            [b for b in weighting.blocks if (b.axis not in outer) == inside],
         )
-        found |= {a: p for a, p in new.items() if (a not in outer) == inside}
     return found
 
 
@@ -419,7 +419,9 @@ def _info(problem: Problem, state: State, plate: str, weights: Weights) -> Info:
     """Like that of the plain method; what must settle are the blocks outside the plate. There is no evidence to tell."""
     outer = {b.axis for b in _outer(problem.weighting, plate)}
     proposals = {a: p for a, p in state.q.proposals.items() if a in outer}
-    shown = kernel.State(Approximation(proposals, {}), state.bridge, state.crossed, state.iteration)
+    q = Approximation(proposals, {})
+    # The exponent of one batch says nothing of the others': it never counts as settled.
+    shown = kernel.State(q, state.bridge, state.crossed, state.iteration, risen=state.iteration)
     info = kernel.info(shown, weights)
     ready = info.ready and int(state.visits.min()) >= _VISITS
     metrics = {**info.metrics, "log_evidence": math.nan}
