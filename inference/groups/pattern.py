@@ -14,10 +14,12 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from ppl.errors import UnsupportedError
 from ppl.inference.groups.coordinates import Coordinates
 from ppl.inference.groups.records import Group
 from ppl.inference.numerics.ordering import Ordering
 
+_MOST = 2**26  # pairs of one site: 512 MiB of their numbers
 Key = tuple[str, str]  # two families, the earlier one first
 
 
@@ -60,7 +62,12 @@ class _Wanted(NamedTuple):
 
 
 def find_pairs(at: Coordinates) -> Pairs:
-    """Number all pairs of elements that share a factor, by pair of families."""
+    """Number all pairs of elements that share a factor, by pair of families.
+
+    Raises:
+        UnsupportedError: a site touches so many elements at once that the pairs do not fit into memory.
+    """
+    _check_number(at)
     rank = {name: i for i, name in enumerate(at.families)}
     wanted: dict[Key, list[_Wanted]] = {(name, name): [] for name in at.families}
     for number, group in enumerate(at.groups.groups):
@@ -78,6 +85,19 @@ def find_pairs(at: Coordinates) -> Pairs:
         first.append(at.elements[key[0]] + left)
         second.append(at.elements[key[1]] + right)
     return Pairs(tuple(pairings), counts, np.concatenate(first), np.concatenate(second))
+
+
+def _check_number(at: Coordinates) -> None:
+    for group in at.groups.groups:
+        rows = 1 if all(s.is_shared for s in group.slots) else group.rows
+        number = rows * sum(s.width for s in group.slots) ** 2 // 2
+        if number > _MOST:
+            names = ", ".join(dict.fromkeys(f"'{s.family}'" for s in group.slots))
+            raise UnsupportedError(
+                f"'{group.site or group.name}' couples all elements of {names} with each other: {number:.2g} pairs, more than "
+                f"{_MOST:.2g}. For the weights of a network use method='ssvi' or 'vi'; for a regression with this many "
+                "coefficients 'amp'."
+            )
 
 
 def _wanted(number: int, group: Group, s: int, t: int) -> _Wanted:

@@ -23,7 +23,7 @@ from ppl import (
 )
 from ppl.errors import ModelError, NumericalError, UnsupportedError
 from ppl.inference.laplace import LaplaceApproximation
-from ppl.models import slam
+from ppl.models import classifier, slam
 
 positive = torch.distributions.constraints.positive
 
@@ -311,6 +311,12 @@ def test_unsupported_arguments_of_infer_are_refused():
         infer(local_level, y, method="laplace", restarts=2)
     with pytest.raises(UnsupportedError, match="minibatch"):
         infer(local_level, y, method="laplace", minibatch={"time": 2})
+
+
+def test_a_site_that_couples_too_many_scalars_is_refused_before_the_pairs_are_made():
+    data = {"x": np.zeros((3, 40)), "label": [0, 1, 2]}
+    with pytest.raises(UnsupportedError, match=r"'label' couples all elements .* method='ssvi'"):
+        infer(classifier(hidden=(500,)), data, method="laplace")
 
 
 def test_explain_says_what_it_would_cost():
