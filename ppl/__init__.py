@@ -8,7 +8,7 @@ from ppl import _checkout
 
 _checkout.install(_Path(__file__).resolve().parent)
 
-from ppl import distributions, nn
+from ppl import distributions, metrics, nn
 from ppl.backend import register
 from ppl.distributions import *  # noqa: F403 - families are words of the language
 from ppl.driver import Stop, explain, infer
@@ -76,6 +76,7 @@ __all__ = [
     "latent",
     "logsumexp",
     "mean",
+    "metrics",
     "model",
     "nn",
     "observe",

@@ -94,6 +94,11 @@ def moments(prior: Posterior, variable: Variable) -> Gaussians:
 
 
 def _of_vectors(marginal: mg.Marginal, variable: Variable) -> Gaussians:
+    if isinstance(marginal, mg.SparseGaussian):
+        raise UnsupportedError(
+            f"'{variable.name}': {len(marginal.index)} of its elements are active and the others zero with certainty, which no "
+            "Gaussian says. Fit the earlier data with method='vi'."
+        )
     if isinstance(marginal, (mg.Gaussian, mg.GaussianMixture, mg.Pieces)) or variable.dims == 1:
         scale = mg.sd(marginal).to(mg.mean(marginal))
         return Gaussian(mg.mean(marginal), scale)

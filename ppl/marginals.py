@@ -1,4 +1,4 @@
-"""What a posterior knows of one site: weighted points, Gaussians, pieces, or a table of probabilities.
+"""What a posterior knows of one site: weighted points, Gaussians, whole or sparse, pieces, or a table of probabilities.
 
 All answer the same questions; shapes are ``[*plates, *event]``.
 """
@@ -29,6 +29,34 @@ class Gaussian(NamedTuple):
     scale: Tensor  # [*plates, *event]
 
 
+class SparseGaussian(NamedTuple):
+    """Independent Gaussians at some coordinates, the active ones; zero with certainty at all others.
+
+    >>> m = SparseGaussian(torch.tensor([1, 5]), torch.tensor([0.5, -2.0]), torch.tensor([0.1, 0.2]), (2, 3))
+    >>> mean(m)
+    tensor([[ 0.0000,  0.5000,  0.0000],
+            [ 0.0000,  0.0000, -2.0000]])
+    >>> inclusion(m).sum()
+    tensor(2.)
+    """
+
+    index: Tensor  # type: ignore[assignment]  # [k] long, ascending: places of the active coordinates in the array, row by row
+    loc: Tensor  # [k]
+    scale: Tensor  # [k]
+    shape: tuple[int, ...]  # of the whole array, [*plates, *event]
+
+    @property
+    def density(self) -> float:
+        """Share of the coordinates that is active."""
+        return len(self.index) / max(math.prod(self.shape), 1)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Numbers of the active coordinates ``[*lead, k]`` in the whole array ``[*lead, *shape]``, zero elsewhere."""
+        lead = values.shape[:-1]
+        whole = values.new_zeros((*lead, math.prod(self.shape)))
+        return whole.index_copy_(-1, self.index, values).reshape(*lead, *self.shape)
+
+
 class GaussianMixture(NamedTuple):
     """A mixture of Gaussians, one component for each value of what was integrated numerically."""
 
@@ -56,10 +84,11 @@ class Table(NamedTuple):
     table: Tensor  # [*plates, V]
 
 
-Marginal = Weighted | Gaussian | GaussianMixture | JointGaussian | Pieces | Table
+Marginal = Weighted | Gaussian | SparseGaussian | GaussianMixture | JointGaussian | Pieces | Table
 KINDS = {
     "weighted": Weighted,
     "gaussian": Gaussian,
+    "sparse": SparseGaussian,
     "mixture": GaussianMixture,
     "joint": JointGaussian,
     "pieces": Pieces,
@@ -76,6 +105,8 @@ def mean(m: Marginal) -> Tensor:
     """
     if isinstance(m, (Gaussian, JointGaussian)):
         return m.loc
+    if isinstance(m, SparseGaussian):
+        return m.spread(m.loc)
     if isinstance(m, Pieces):
         return m.centre
     if isinstance(m, GaussianMixture):
@@ -91,6 +122,8 @@ def sd(m: Marginal) -> Tensor:
     """
     if isinstance(m, Gaussian):
         return m.scale
+    if isinstance(m, SparseGaussian):
+        return m.spread(m.scale)
     if isinstance(m, Pieces):
         return m.spread
     if isinstance(m, JointGaussian):
@@ -123,6 +156,8 @@ def quantile(m: Marginal, q: Tensor) -> Tensor:
 
     On a manifold: of the numbers that an element is stored as, see :func:`entry_sd`.
     """
+    if isinstance(m, SparseGaussian):
+        return m.spread(m.loc + m.scale * torch.special.ndtri(q.to(m.loc)).unsqueeze(-1))
     levels = q.reshape(-1, *(1,) * mean(m).ndim)
     if isinstance(m, (Gaussian, JointGaussian)):
         return mean(m) + entry_sd(m) * torch.special.ndtri(levels)
@@ -134,6 +169,20 @@ def quantile(m: Marginal, q: Tensor) -> Tensor:
         reached = m.table.cumsum(-1).unsqueeze(0) >= levels.unsqueeze(-1) - 1e-12
         return reached.to(torch.int8).argmax(-1).to(m.table.dtype)
     return _weighted_quantile(m, q)
+
+
+def first(m: Marginal, count: int) -> Marginal:
+    """The marginals ``[count]`` of the first scalars, row by row, of an array of Gaussians; others as they are.
+
+    What prints a few elements of a large array needs no more than these.
+    """
+    if isinstance(m, Gaussian):
+        return Gaussian(m.loc.reshape(-1)[:count], m.scale.reshape(-1)[:count])
+    if isinstance(m, SparseGaussian):
+        count = min(count, math.prod(m.shape))
+        kept = int(torch.searchsorted(m.index, count))
+        return SparseGaussian(m.index[:kept], m.loc[:kept], m.scale[:kept], (count,))
+    return m
 
 
 def covariance(m: Marginal, event_ndim: int) -> Tensor:
@@ -163,12 +212,52 @@ def covariance(m: Marginal, event_ndim: int) -> Tensor:
     return sd(m).square().reshape(*plates, 1, 1)
 
 
-def draw(m: JointGaussian, n: int, generator: Generator | None = None) -> Tensor:
-    """Draws ``[n, *plates, *event]``: joint within an event, independent between plate elements."""
+def draw(m: Marginal, n: int, generator: Generator | None = None) -> Tensor:
+    """Draws ``[n, *plates, *event]``: joint within an event where the marginal is, independent otherwise.
+
+    Raises:
+        ValueError: of mixtures and pieces; a posterior that keeps them has draws of its own.
+    """
+    if isinstance(m, Gaussian):
+        return m.loc + m.scale * _noise((n, *m.loc.shape), m.loc, generator)
+    if isinstance(m, SparseGaussian):
+        return m.spread(m.loc + m.scale * _noise((n, len(m.loc)), m.loc, generator))
+    if isinstance(m, Table):
+        flat = m.table.reshape(-1, m.table.shape[-1])
+        device = flat.device if generator is None else generator.device
+        found = torch.multinomial(flat.to(device), n, replacement=True, generator=generator)
+        return found.mT.reshape(n, *m.table.shape[:-1]).to(m.table)
+    if isinstance(m, JointGaussian):
+        return _draw_joint(m, n, generator)
+    if isinstance(m, Weighted):
+        return _draw_points(m, n, generator)
+    raise ValueError(
+        f"there is no draw of a {type(m).__name__} by itself; use posterior.samples(n)"
+    )
+
+
+def _draw_points(m: Weighted, n: int, generator: Generator | None) -> Tensor:
+    """Points picked by their weights, for each element of the plates by itself."""
+    plates, event = m.weights.shape[1:], m.points.shape[m.weights.ndim :]
+    flat = m.weights.reshape(len(m.weights), -1).mT
+    device = flat.device if generator is None else generator.device
+    chosen = torch.multinomial(flat.to(device), n, replacement=True, generator=generator)
+    points = m.points.reshape(len(m.points), -1, math.prod(event))  # [S, elements, event]
+    found = points.gather(
+        0, chosen.mT.to(points.device).unsqueeze(-1).expand(-1, -1, points.shape[-1])
+    )
+    return found.reshape(n, *plates, *event)
+
+
+def _noise(shape: tuple[int, ...], like: Tensor, generator: Generator | None) -> Tensor:
+    device = like.device if generator is None else generator.device
+    return torch.randn(shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
+
+
+def _draw_joint(m: JointGaussian, n: int, generator: Generator | None) -> Tensor:
     root = torch.linalg.cholesky(m.covariance)
     shape = (n, *m.covariance.shape[:-1])
-    noise = torch.randn(shape, generator=generator, dtype=m.loc.dtype, device=m.loc.device)
-    step = (root @ noise.unsqueeze(-1)).squeeze(-1)
+    step = (root @ _noise(shape, m.loc, generator).unsqueeze(-1)).squeeze(-1)
     if m.manifold is not None:
         return by_name(m.manifold).retract(m.loc, step)
     return m.loc + step.reshape(n, *m.loc.shape)
@@ -228,7 +317,7 @@ def probs(m: Marginal, values: int | None = None) -> Tensor:
     """Probabilities ``[*plates, V]`` of a discrete site's values 0, 1, ..., V-1."""
     if isinstance(m, Table):
         return m.table
-    if isinstance(m, (Gaussian, GaussianMixture, JointGaussian, Pieces)):
+    if isinstance(m, (Gaussian, SparseGaussian, GaussianMixture, JointGaussian, Pieces)):
         raise ValueError("a continuous site has no table of probabilities")
     top = int(m.points.max().item()) + 1 if values is None else values
     hits = m.points.unsqueeze(-1) == torch.arange(top, dtype=m.points.dtype, device=m.points.device)
@@ -237,6 +326,8 @@ def probs(m: Marginal, values: int | None = None) -> Tensor:
 
 def inclusion(m: Marginal) -> Tensor | None:
     """Probability ``[*plates, *event]`` of not being exactly zero; None where no mass stands at zero."""
+    if isinstance(m, SparseGaussian):
+        return m.spread(torch.ones_like(m.loc))
     return m.share if isinstance(m, Pieces) else None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from ppl.streams import Streams
 
 if TYPE_CHECKING:
     from ppl.model import Model
+    from ppl.nn.compression import Compressed
+    from ppl.nn.export import Network
     from ppl.plots import Plots
 
 Sampler = Callable[[int, Streams], Mapping[str, Tensor]]
@@ -46,6 +48,28 @@ class Joint(NamedTuple):
     names: tuple[str, ...]  # of the variables; one that is touched twice stands twice
     mean: tuple[Tensor, ...]  # of each: [*plates of the factor, *event]
     covariance: Tensor  # [*plates of the factor, D, D], coordinates in the order of the names
+
+
+class Independent:
+    """A sampler for posteriors in which all latents are independent: each is drawn from its own marginal.
+
+    A file of such a posterior keeps the marginals and no draws.
+
+    Args:
+        marginals: Gaussians (whole or sparse), Gaussian vectors, weighted points, or tables.
+
+    Attributes:
+        independent: a sampler that says so is replaced by this class in a file.
+    """
+
+    independent = True
+
+    def __init__(self, marginals: Mapping[str, Marginal]) -> None:
+        self.marginals = dict(marginals)
+
+    def __call__(self, n: int, streams: Streams) -> dict[str, Tensor]:
+        """``n`` draws ``[n, *plates, *event]`` of every site."""
+        return {name: mg.draw(m, n, streams.of(name)) for name, m in self.marginals.items()}
 
 
 class Posterior:
@@ -123,7 +147,7 @@ class Posterior:
         return self.bound.labels
 
     def marginal(self, name: str) -> Marginal:
-        """All that is kept of one site: weighted points, a Gaussian, or a table."""
+        """All that is kept of one site: weighted points, a Gaussian, a sparse one, pieces, or a table."""
         if name in self.marginals:
             return self.marginals[name]
         if name in self.bound.graph.deterministics:
@@ -224,12 +248,26 @@ class Posterior:
             )
         return found
 
-    def samples(self, n: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
-        """``n`` joint draws of all latents, params and deterministic sites: ``[n, *plates, *event]`` each."""
+    def samples(self, n: int | None = None, *, seed: int | None = None) -> dict[str, Tensor]:
+        """``n`` joint draws of all latents, params and deterministic sites: ``[n, *plates, *event]`` each.
+
+        1000 by default, 30 of a network of more than 10 000 weights.
+        """
+        return self._complete(self.latent_draws(n, seed=seed))
+
+    def latent_draws(self, n: int | None = None, *, seed: int | None = None) -> dict[str, Tensor]:
+        """``n`` joint draws of all latents and params, as :meth:`samples` has them, without deterministic sites."""
+        from ppl.portions import draws_of
+
+        if n is None:
+            n = draws_of(self.bound, None)
         if n < 1:
             raise DataError(f"samples({n}): expected at least one draw.")
         streams = Streams(self.seed + 1 if seed is None else seed, "cpu")
-        return self._complete(self._sampler(n, streams))
+        draws = dict(self._sampler(n, streams))
+        # Of a model without latents there is one draw, which stands for all of them.
+        count = len(next(iter(draws.values()))) if draws else 1
+        return draws | {k: v.expand(count, *v.shape) for k, v in self.params.items()}
 
     # ---- tables ---------------------------------------------------------------------------------------------
 
@@ -252,7 +290,7 @@ class Posterior:
         self,
         data: Any = None,
         *,
-        n: int = 1000,
+        n: int | None = None,
         sites: Sequence[str] | None = None,
         seed: int | None = None,
         **binding: Any,
@@ -274,12 +312,12 @@ class Posterior:
 
         ``data`` holds the covariates of the new elements, if the model reads any along the plate.
         """
-        from ppl.prediction import forecast
+        from ppl.forecasting import forecast
 
         return forecast(self, data, n=n, seed=seed, **steps)
 
     def log_likelihood(
-        self, data: Any = None, *, n: int = 1000, seed: int | None = None, **binding: Any
+        self, data: Any = None, *, n: int | None = None, seed: int | None = None, **binding: Any
     ) -> dict[str, Tensor]:
         """Log-likelihood ``[n, *plates]`` of every observed entry under joint posterior draws.
 
@@ -294,6 +332,46 @@ class Posterior:
         from ppl.prediction import leave_one_out
 
         return leave_one_out(self, n=n, seed=seed)
+
+    # ---- networks -------------------------------------------------------------------------------------------
+
+    @property
+    def support(self) -> dict[str, Tensor]:
+        """Places ``[k]``, flat and ascending, of the weights of each layer that are not exactly zero.
+
+        By name of the array: all places where it is dense. Of a spike and slab those that may be included.
+        """
+        from ppl.nn.support import support
+
+        return support(self)
+
+    @property
+    def density(self) -> float:
+        """Share of the weights of all layers that is not exactly zero; biases and norms do not count."""
+        from ppl.nn.support import density
+
+        return density(self)
+
+    def compress(self, *, sd: bool = True, site: str | None = None) -> Compressed:
+        """The network at its mean without what is zero; see :func:`ppl.nn.compression.compress`."""
+        from ppl.nn.compression import compress
+
+        return compress(self, sd=sd, site=site)
+
+    def to_module(
+        self,
+        which: Literal["mean", "sample"] = "mean",
+        *,
+        seed: int | None = None,
+        site: str | None = None,
+    ) -> Network:
+        """A ``torch.nn.Module`` from covariates to the arguments of the observed law, such as logits.
+
+        Its weights are their posterior means, or one joint draw; see :func:`ppl.nn.export.to_module`.
+        """
+        from ppl.nn.export import to_module
+
+        return to_module(self, which, seed=seed, site=site)
 
     # ---- exchangeable components ----------------------------------------------------------------------------
 
@@ -331,9 +409,28 @@ class Posterior:
 
         Returns:
             A posterior with log evidence, effective sample sizes and corrected moments, whatever the backend was.
+
+        Raises:
+            UnsupportedError: the posterior gives probability zero to what the model does not.
         """
         from ppl.driver import reweight
+        from ppl.portions import is_large
 
+        if is_large(self.bound):
+            raise UnsupportedError(
+                "reweight: the layers of the model have more than 10 000 weights, and of importance weights of so many unknowns "
+                "one outweighs all others. Judge the fit by log_likelihood of data that it has not seen."
+            )
+        sparse = [
+            n
+            for n, m in self.marginals.items()
+            if isinstance(m, mg.SparseGaussian) and m.density < 1
+        ]
+        if sparse:
+            raise UnsupportedError(
+                f"reweight: the posterior has elements of '{sparse[0]}' at zero with certainty, where the model's law has a "
+                "density: importance weights need a proposal that reaches all of it. Reweight a fit by method='vi'."
+            )
         return reweight(self, particles, seed)
 
     def resume(self, iterations: int = 100) -> Posterior:
@@ -414,17 +511,15 @@ class Posterior:
 
     def _pool(self) -> dict[str, Tensor]:
         if self._draws is None:
-            self._draws = self.samples(1000)
+            self._draws = self.samples()
         return self._draws
 
-    def _complete(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Draws of latents together with params and what the model reports of them."""
+    def _complete(self, known_draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Draws of latents and params together with what the model reports of them."""
         from ppl.simulation import Known, simulate
 
-        draws = dict(latents)
+        draws = dict(known_draws)
         n = len(next(iter(draws.values()))) if draws else 1
-        for name, value in self.params.items():
-            draws[name] = value.expand(n, *value.shape)
         names = [d for d in self.bound.graph.deterministics if d not in draws]
         if names:
             known = {k: Known(v) for k, v in draws.items()}

@@ -1,33 +1,45 @@
-"""Predict with a posterior: new data, new groups, the future of a chain; score held-out and left-out entries."""
+"""Predict with a posterior: new data and new groups; score held-out and left-out entries."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ppl import marginals as mg
 from ppl.binding import Bound, positions_of
 from ppl.diagnostics import LooResult, loo
+from ppl.distributions import Distribution
 from ppl.errors import DataError, ModelError, UnsupportedError, nearest
-from ppl.lower import Compiler, map_name, variables_of
+from ppl.graph import Variable
+from ppl.lower import Compiler, map_name
+from ppl.nn.structure import buffers
+from ppl.portions import Portions, draws_of, is_large, layer_arrays, portions
 from ppl.posterior import Posterior
+from ppl.predictive import Mixed, beside, joined, mixed
 from ppl.simulation import DRAW, Known, simulate
 from ppl.streams import Streams
 
+T = TypeVar("T")
 _CHUNK = 2**24  # numbers in the largest array of one chunk of draws
 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """Draws of sites: ``draws[name]`` is ``[n, *plates, *event]``; ``labels`` names the elements of each plate."""
+    """Draws of sites: ``draws[name]`` is ``[n, *plates, *event]``; ``labels`` names the elements of each plate.
+
+    Of an observed site means, standard deviations, probabilities and entropies are those of the even mixture of its laws
+    under the draws, where its family has them in closed form; of other sites they are those of the draws. Quantiles are
+    always those of the draws.
+    """
 
     draws: Mapping[str, Tensor]
     bound: Bound
+    laws: Mapping[str, Mixed] = field(default_factory=dict)
 
     @property
     def labels(self) -> Mapping[str, Sequence[Any]]:
@@ -36,31 +48,65 @@ class Prediction:
 
     def mean(self, name: str) -> Tensor:
         """Predictive mean ``[*plates, *event]``."""
-        return self._site(name).mean(0)
+        draws, law = self._site(name), self.laws.get(name)
+        return draws.mean(0) if law is None or law.mean is None else law.mean.to(draws)
 
     def sd(self, name: str) -> Tensor:
         """Predictive standard deviation."""
-        return self._site(name).std(0, correction=0)
+        draws, law = self._site(name), self.laws.get(name)
+        if law is None or law.variance is None:
+            return draws.std(0, correction=0)
+        return law.variance.sqrt().to(draws)
 
     def quantile(self, name: str, q: float | Sequence[float]) -> Tensor:
         """Predictive quantiles; the levels of a sequence come first."""
         draws = self._site(name)
-        return torch.quantile(
-            draws, torch.as_tensor(q, dtype=draws.dtype, device=draws.device), dim=0
-        )
+        levels = torch.as_tensor(q, dtype=draws.dtype, device=draws.device)
+        # torch.quantile refuses arrays of more than 2**24 numbers.
+        columns = draws.reshape(len(draws), -1).split(max(1, _CHUNK // len(draws)), 1)
+        found = torch.cat([torch.quantile(c, levels, dim=0) for c in columns], -1)
+        return found.reshape(*levels.shape, *draws.shape[1:])
 
     def interval(self, name: str, mass: float = 0.9) -> Tensor:
         """Central predictive interval ``[2, *plates, *event]``."""
         return self.quantile(name, [(1 - mass) / 2, (1 + mass) / 2])
 
     def probs(self, name: str) -> Tensor:
-        """Predictive probabilities ``[*plates, V]`` of a discrete site's values."""
+        """Predictive probabilities ``[*plates, V]`` of a discrete site's values.
+
+        The mean of the probabilities that its law has under each draw; where the law is none of finitely many values
+        known by number, shares of the draws.
+        """
         draws = self._site(name)
-        weights = torch.full(draws.shape, 1 / len(draws), dtype=draws.dtype, device=draws.device)
-        variable = self.bound.graph.variables[name]
-        if not variable.is_discrete:
+        variable = self.bound.graph.variables.get(name)
+        if variable is None or not variable.is_discrete:
             raise DataError(f"probs('{name}'): the site is continuous. Use mean, sd or quantile.")
+        law = self.laws.get(name)
+        if law is not None and law.table is not None:
+            return law.table.to(draws)
+        weights = torch.full(draws.shape, 1 / len(draws), dtype=draws.dtype, device=draws.device)
         return mg.probs(mg.Weighted(draws, weights), variable.cardinality)
+
+    def entropy(self, name: str) -> Tensor:
+        """Entropy ``[*plates]`` of the predictive probabilities of a discrete site, in nats."""
+        return torch.special.entr(self.probs(name)).sum(-1)
+
+    def mutual_information(self, name: str) -> Tensor:
+        """What a value would tell of the latents ``[*plates]``, in nats: the part of the entropy that data would remove.
+
+        :meth:`entropy` less the mean entropy of the law under a draw. Near zero where the draws agree, however uncertain
+        each of them is.
+
+        Raises:
+            DataError: the site is continuous, or its law has no table of probabilities.
+        """
+        whole, law = self.entropy(name), self.laws.get(name)
+        if law is None or law.entropy is None:
+            raise DataError(
+                f"mutual_information('{name}'): it needs the probabilities under each draw, which are known for observed "
+                "sites of finitely many values (Categorical, Bernoulli, Binomial, ...). Use entropy."
+            )
+        return (whole - law.entropy.to(whole)).clamp(min=0)
 
     def samples(self) -> dict[str, Tensor]:
         """All draws."""
@@ -78,11 +124,22 @@ class Prediction:
         return f"Prediction({shapes})"
 
 
+class Laws:
+    """Takes in the laws of observed sites while they are drawn; ``found`` has their mixtures."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Mixed] = {}
+
+    def __call__(self, variable: Variable, law: Distribution, shape: tuple[int, ...]) -> None:
+        """Average the laws of one site."""
+        self.found[variable.name] = mixed(variable, law, shape)
+
+
 def predict(
     posterior: Posterior,
     data: Any = None,
     *,
-    n: int = 1000,
+    n: int | None = None,
     sites: Sequence[str] | None = None,
     seed: int | None = None,
     sizes: Mapping[str, int] | None = None,
@@ -94,87 +151,114 @@ def predict(
     elements that the fit has not seen are drawn from their law given the posterior draw of its parents. The new data
     needs covariates and memberships only; observed sites that it holds are not looked at.
 
+    A network is evaluated in portions of draws and of data, so that memory grows with what is returned only, see
+    :mod:`ppl.portions`. Large ones are those of more than 10 000 weights.
+
     Args:
         posterior: of the fit.
         data: covariates and memberships; those of the fit when left out.
-        n: number of draws.
-        sites: which sites to return; observed, latent and deterministic ones by default.
+        n: number of draws; 1000 by default, 30 of a large network.
+        sites: which sites to return; observed, latent and deterministic ones by default, of a large network without the
+            weights of its layers.
         seed: of the draws.
         sizes: of plates that no new array shows.
         labels: of plates.
     """
     streams = Streams(posterior.seed + 2 if seed is None else seed)
-    draws = posterior.samples(n, seed=streams.seed)
     bound = _rebound(posterior, data, sizes, labels)
-    known = {
+    count = draws_of(bound, n)
+    names = _wanted(bound, sites)
+    drawn, laws = _drawn(posterior, bound, count, streams, names if is_large(bound) else None)
+    return Prediction({name: drawn[name] for name in names}, bound, laws)
+
+
+def _wanted(bound: Bound, sites: Sequence[str] | None) -> list[str]:
+    """Sites to return, in the order of the program."""
+    known = [f.name for f in bound.graph.factors.values() if f.kind != "potential"]
+    if sites is None:
+        left_out = set(layer_arrays(bound.graph)) if is_large(bound) else set()
+        return [name for name in known if name not in left_out]
+    unknown = [s for s in sites if s not in known]
+    if unknown:
+        raise DataError(f"predict: there is no site '{unknown[0]}'.{nearest(unknown[0], known)}")
+    return list(sites)
+
+
+def _drawn(
+    posterior: Posterior, bound: Bound, n: int, streams: Streams, sites: Sequence[str] | None
+) -> tuple[dict[str, Tensor], dict[str, Mixed]]:
+    """Draws of sites and mixtures of the laws of observed ones, portion by portion."""
+    cut = portions(bound, n)
+    parts = cut.bounds(bound)
+    draws: list[dict[str, Tensor]] = []
+    laws: list[dict[str, Mixed]] = []
+    make = partial(known_draws, posterior, bound)
+    for i, known in enumerate(_made(make, bound, cut, streams)):
+        size = cut.draws[i]
+        watches = [Laws() for _ in parts]
+        found = []
+        for j, (part, watch) in enumerate(zip(parts, watches, strict=True)):
+            own = Streams(_seed(streams, i, j), bound.device)  # no noise is used twice
+            found.append(simulate(part, size, own, known=known, sites=sites, watch=watch))
+        axes = {name: cut.along(plates_of(bound, name)) for name in found[0]}
+        draws.append({k: _beside([f[k] for f in found], axis) for k, axis in axes.items()})
+        laws.append({k: beside([w.found[k] for w in watches], axes[k]) for k in watches[0].found})
+    whole = {
+        k: torch.cat([d[k] for d in draws]) if len(draws) > 1 else draws[0][k] for k in draws[0]
+    }
+    return whole, {k: joined([part[k] for part in laws]) for k in laws[0]}
+
+
+def _made(
+    make: Callable[[int, int], dict[str, T]], bound: Bound, cut: Portions, streams: Streams
+) -> Iterator[dict[str, T]]:
+    """The draws of each portion: all are made at once and dealt out, unless they are large.
+
+    Args:
+        make: draws of latents, from their number and a seed.
+        bound: the data.
+        cut: the portions.
+        streams: for the seeds.
+    """
+    if is_large(bound) or len(cut.draws) == 1:
+        yield from (make(size, _seed(streams, i)) for i, size in enumerate(cut.draws))
+        return
+    whole, start = make(sum(cut.draws), streams.seed), 0
+    for size in cut.draws:
+        yield {k: _dealt(v, start, size) for k, v in whole.items()}
+        start += size
+
+
+def _dealt(draws: Any, start: int, size: int) -> Any:
+    if isinstance(draws, Known):
+        return Known(draws.values.narrow(0, start, size), draws.mask)
+    return draws.narrow(0, start, size)
+
+
+def _seed(streams: Streams, draws: int, rows: int = 0) -> int:
+    """Seed of a portion; that of the first is the seed of the call."""
+    return streams.seed if draws == rows == 0 else streams.child(f"portion {draws} {rows}").seed
+
+
+def _beside(parts: Sequence[Tensor], axis: int | None) -> Tensor:
+    return parts[0] if axis is None or len(parts) == 1 else torch.cat(list(parts), 1 + axis)
+
+
+def known_draws(posterior: Posterior, bound: Bound, n: int, seed: int) -> dict[str, Known]:
+    """Posterior draws of latents and params, laid out for the elements of ``bound``."""
+    draws = posterior.latent_draws(n, seed=seed)
+    return {
         name: _matched(posterior.bound, bound, name, draw)
         for name, draw in draws.items()
         if _is_site(bound, name)
     }
-    drawn = simulate(bound, n, Streams(streams.seed, bound.device), known=known)
-    if sites is not None:
-        unknown = [s for s in sites if s not in drawn]
-        if unknown:
-            raise DataError(
-                f"predict: there is no site '{unknown[0]}'.{nearest(unknown[0], drawn)}"
-            )
-        drawn = {name: drawn[name] for name in sites}
-    return Prediction(drawn, bound)
-
-
-def forecast(
-    posterior: Posterior,
-    data: Mapping[str, Any] | None = None,
-    *,
-    n: int = 1000,
-    seed: int | None = None,
-    **steps: int,
-) -> Prediction:
-    """Draw the next elements of an ordered plate, from the last state of each joint draw on.
-
-    Args:
-        posterior: of a model with a Markov latent in that plate.
-        data: what is known of the new elements: covariates along the plate, with as many elements there as steps, and
-            labels under the plate's name.
-        n: number of draws.
-        seed: of the draws.
-        **steps: name of the plate and how many elements to add: ``year=10``.
-
-    Returns:
-        Draws for the new elements only.
-
-    Raises:
-        DataError: no such ordered plate, or a covariate of the new elements is missing or has another shape.
-    """
-    plate, count = _forecast_plate(posterior, steps)
-    bound = _extended(posterior.bound, plate, count, dict(data or {}))
-    streams = Streams(posterior.seed + 3 if seed is None else seed)
-    draws = posterior.samples(n, seed=streams.seed)
-    known = {
-        name: _matched(posterior.bound, bound, name, d)
-        for name, d in draws.items()
-        if _is_site(bound, name)
-    }
-    drawn = simulate(bound, n, Streams(streams.seed, bound.device), known=known)
-    start = posterior.bound.size(plate)
-    future = {}
-    for name, draw in drawn.items():
-        plates = _plates_of(bound, name)
-        if plate in plates:
-            future[name] = draw.narrow(1 + plates.index(plate), start, count)
-    graph = replace(
-        bound.graph,
-        plates={**bound.graph.plates, plate: replace(bound.graph.plates[plate], size=count)},
-    )
-    labels = {**bound.labels, plate: list(bound.labels[plate])[start:]}
-    return Prediction(future, replace(bound, graph=graph, labels=labels))
 
 
 def log_likelihood(
     posterior: Posterior,
     data: Any = None,
     *,
-    n: int = 1000,
+    n: int | None = None,
     seed: int | None = None,
     **binding: Any,
 ) -> dict[str, Tensor]:
@@ -183,7 +267,7 @@ def log_likelihood(
     Args:
         posterior: of the fit.
         data: held-out data with the observed sites; that of the fit when left out. New groups are drawn from their law.
-        n: number of draws.
+        n: number of draws; 1000 by default, 30 of a large network, as in :func:`predict`.
         seed: of the draws.
         **binding: ``sizes`` and ``labels`` as in :func:`predict`.
 
@@ -191,16 +275,31 @@ def log_likelihood(
         For each observed site ``[n, *plates]``; missing entries are 0.
     """
     streams = Streams(posterior.seed + 1 if seed is None else seed)
-    draws = posterior.samples(n, seed=streams.seed)
     bound = _rebound(posterior, data, binding.get("sizes"), binding.get("labels"), observed=True)
-    if data is not None:
-        known = {
-            name: _matched(posterior.bound, bound, name, d)
-            for name, d in draws.items()
-            if _is_site(bound, name)
-        }
-        latents = [v.name for v in bound.graph.latents]
-        draws |= simulate(bound, n, Streams(streams.seed, bound.device), known=known, sites=latents)
+    cut = portions(bound, draws_of(bound, n))
+    parts = cut.bounds(bound)
+    found: list[dict[str, Tensor]] = []
+    make = partial(_latents, posterior, bound, data is not None)
+    for size, draws in zip(cut.draws, _made(make, bound, cut, streams), strict=True):
+        each = [_densities(part, draws, size) for part in parts]
+        axes = {k: cut.along(plates_of(bound, k)) for k in each[0]}
+        found.append({k: _beside([e[k] for e in each], axes[k]) for k in each[0]})
+    return {name: torch.cat([f[name] for f in found]) for name in found[0]}
+
+
+def _latents(
+    posterior: Posterior, bound: Bound, is_new: bool, n: int, seed: int
+) -> dict[str, Tensor]:
+    """Draws of all latents of the elements of ``bound``; those that the fit has not seen come from their law."""
+    if not is_new:
+        return posterior.latent_draws(n, seed=seed)
+    known = known_draws(posterior, bound, n, seed)
+    latents = [v.name for v in bound.graph.latents]
+    drawn = simulate(bound, n, Streams(seed, bound.device), known=known, sites=latents)
+    return {name: entry.values for name, entry in known.items()} | drawn
+
+
+def _densities(bound: Bound, draws: Mapping[str, Tensor], n: int) -> dict[str, Tensor]:
     parts = [_entry_densities(bound, chunk) for chunk in _chunks(bound, draws, n)]
     return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
@@ -282,16 +381,20 @@ def _rebound(
             "this posterior does not know its model, so new data cannot be bound. Load it with load(file, model)."
         )
     old = posterior.bound
-    return posterior.model.bind(
+    new = posterior.model.bind(
         data, sizes=sizes, labels=labels, need_observed=observed, dtype=old.dtype, device=old.device
     )
+    # The statistics of batch norms belong to the fitted network, unless the new data say otherwise.
+    kept = {n for pair in buffers(new.graph) for n in pair if n and n not in new.columns}
+    return replace(new, values={**new.values, **{n: old.values[n] for n in kept}})
 
 
 def _is_site(bound: Bound, name: str) -> bool:
     return name in bound.graph.variables and name not in bound.values
 
 
-def _plates_of(bound: Bound, name: str) -> tuple[str, ...]:
+def plates_of(bound: Bound, name: str) -> tuple[str, ...]:
+    """Plates of a variable or a deterministic site."""
     graph = bound.graph
     return graph.variables[name].plates if name in graph.variables else graph.factors[name].plates
 
@@ -308,96 +411,3 @@ def _matched(old: Bound, new: Bound, name: str, draw: Tensor) -> Known:
         seen = rows >= 0
         mask &= seen.reshape([-1 if i == at else 1 for i in range(len(plates))])
     return Known(draw, mask)
-
-
-def _forecast_plate(posterior: Posterior, steps: Mapping[str, int]) -> tuple[str, int]:
-    plates = posterior.bound.graph.plates
-    if len(steps) != 1:
-        raise DataError(
-            f"forecast: expected one ordered plate and a number of steps, such as forecast(year=10), got {dict(steps)}."
-        )
-    ((plate, count),) = steps.items()
-    if plate not in plates or not plates[plate].ordered:
-        ordered = [p for p in plates if plates[p].ordered]
-        raise DataError(
-            f"forecast: '{plate}' is not an ordered plate.{nearest(plate, ordered)} Ordered: {ordered or 'none'}."
-        )
-    if count < 1:
-        raise DataError(f"forecast({plate}={count}): expected at least one step.")
-    return plate, count
-
-
-def _extended(bound: Bound, plate: str, count: int, future: Mapping[str, Any]) -> Bound:
-    """The data with ``count`` more elements of ``plate``."""
-    graph = bound.graph
-    below = [p.name for p in graph.plates.values() if plate in p.parents]
-    if below:
-        raise DataError(
-            f"forecast: plate '{below[0]}' lies within '{plate}'. Use predict with new data for both."
-        )
-    size = bound.size(plate)
-    plates = {**graph.plates, plate: replace(graph.plates[plate], size=size + count)}
-    values = {**bound.values, **_continued_covariates(bound, plate, count, future)}
-    new = future.get(plate)
-    if new is not None and len(new) != count:
-        raise DataError(
-            f"forecast({plate}={count}): '{plate}' has {len(new)} labels. Give {count}."
-        )
-    own = bound.labels[plate]
-    continued = _continued(own, count) if new is None else [*own, *list(new)]
-    maps = {key: m for key, m in bound.maps.items() if key[0] != plate}
-    longer = replace(graph, plates=plates)
-    labels = {**bound.labels, plate: continued}
-    return replace(bound, graph=longer, values=values, labels=labels, maps=maps)
-
-
-def _continued_covariates(
-    bound: Bound, plate: str, count: int, future: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    """Covariates along the plate with those of the new elements behind them."""
-    graph = bound.graph
-    along = {v.name: v for v in graph.role("given") if plate in v.plates}
-    stray = [name for name in future if name not in along and name != plate]
-    if stray:
-        raise DataError(
-            f"forecast({plate}={count}): '{stray[0]}' is no covariate along {plate}.{nearest(stray[0], along)} "
-            f"Covariates: {', '.join(along) or 'none'}."
-        )
-    reads = {n for f in graph.factors.values() for n in variables_of(graph, f)}
-    lacking = [name for name in along if name in reads and name not in future]
-    if lacking:
-        raise DataError(
-            f"forecast({plate}={count}): the model reads '{lacking[0]}' along {plate}, whose future is not known. "
-            f"Pass it for the {count} new elements: forecast({{'{lacking[0]}': ...}}, {plate}={count})."
-        )
-    return {name: _with_future(bound, along[name], plate, count, future[name]) for name in along
-            if name in future}  # fmt: skip
-
-
-def _with_future(bound: Bound, variable: Any, plate: str, count: int, new: Any) -> Tensor:
-    known = bound.values[variable.name]
-    at = variable.plates.index(plate)
-    if variable.index_of is not None:
-        wanted = list(np.asarray(new).reshape(-1).tolist())
-        rows = positions_of(bound.labels[variable.index_of], wanted)
-        if bool((rows < 0).any()):
-            unknown = wanted[int((rows < 0).nonzero()[0])]
-            raise DataError(f"forecast: '{variable.name}': {variable.index_of} has no {unknown!r}.")
-        tensor = rows.reshape(np.shape(new)).to(known)
-    else:
-        tensor = torch.as_tensor(np.asarray(new)).to(known)
-    shape = [*known.shape[:at], count, *known.shape[at + 1 :]]
-    if list(tensor.shape) != shape:
-        raise DataError(
-            f"forecast({plate}={count}): '{variable.name}': expected shape {shape} for the new elements, "
-            f"got {list(tensor.shape)}."
-        )
-    return torch.cat([known, tensor], at)
-
-
-def _continued(labels: Sequence[Any], count: int) -> Sequence[Any]:
-    known = list(labels)
-    if all(isinstance(v, int) for v in known):
-        step = known[-1] - known[-2] if len(known) > 1 else 1
-        return known + [known[-1] + step * (i + 1) for i in range(count)]
-    return known + [f"+{i + 1}" for i in range(count)]

@@ -23,7 +23,8 @@ from ppl.diagnostics import Diagnostics
 from ppl.errors import DataError, PPLError
 from ppl.marginals import Marginal
 from ppl.model import Model
-from ppl.posterior import Evidence, Posterior
+from ppl.nn.structure import buffers
+from ppl.posterior import Evidence, Independent, Posterior
 from ppl.streams import Streams
 
 _FORMAT = "factorppl posterior"
@@ -36,6 +37,8 @@ _POOL_NUMBERS = (
 
 def save(posterior: Posterior, file: str | Path) -> None:
     """Write a posterior: marginals, joint draws, diagnostics, and the data that predictions need.
+
+    Where all latents are independent (a network by mean-field inference) the marginals say all, and no draws are kept.
 
     Args:
         posterior: of a fit.
@@ -53,6 +56,7 @@ def save(posterior: Posterior, file: str | Path) -> None:
         "ess": _cpu(posterior.diagnostics.ess),
         "pareto_k": _cpu(posterior.diagnostics.pareto_k),
         "columns": _cpu(_arrays(posterior.bound)),
+        "buffers": _cpu(_buffers(posterior.bound)),
     }
     target = Path(file)
     partial = target.with_name(target.name + ".part")
@@ -106,6 +110,12 @@ def _about(posterior: Posterior) -> dict[str, Any]:
             for n, m in (*posterior.marginals.items(), *bound.prior.items())
             if isinstance(m, mg.JointGaussian)
         },
+        "shapes": {
+            n: list(m.shape)
+            for n, m in posterior.marginals.items()
+            if isinstance(m, mg.SparseGaussian)
+        },
+        "independent": _is_independent(posterior),
         "evidence": None if posterior.log_evidence is None else list(posterior.log_evidence),
         "diagnostics": {
             "converged": quality.converged,
@@ -136,10 +146,21 @@ def _tensors(marginal: Marginal) -> dict[str, Tensor]:
 
 def _pool(posterior: Posterior) -> dict[str, Tensor]:
     """Joint draws of the latents; params and deterministic sites are computed from them again."""
+    if _is_independent(posterior):
+        return {}
     latents = [v.name for v in posterior.graph.latents]
     numbers = sum(math.prod(posterior.bound.shape(posterior.graph.variables[n])) for n in latents)
     n = min(_POOL, max(100, _POOL_NUMBERS // max(numbers, 1)))
-    return {name: draw for name, draw in posterior.samples(n).items() if name in latents}
+    return {name: draw for name, draw in posterior.latent_draws(n).items() if name in latents}
+
+
+def _is_independent(posterior: Posterior) -> bool:
+    return bool(getattr(posterior._sampler, "independent", False))
+
+
+def _buffers(bound: Bound) -> dict[str, Tensor]:
+    """Statistics of batch norms, which the fit has estimated: they are in no column."""
+    return {n: bound.values[n] for pair in buffers(bound.graph) for n in pair if n}
 
 
 def _used(bound: Bound) -> list[Column]:
@@ -274,6 +295,7 @@ def _bind(
     found = bound.graph.fingerprint()
     if found != about["fingerprint"]:
         raise DataError(other % f"has the fingerprint {found}")
+    bound = replace(bound, values={**bound.values, **content.get("buffers", {})})
     return replace(bound, report=tuple(about["report"]))
 
 
@@ -281,14 +303,15 @@ def _rebuilt(
     model: Model[Any], bound: Bound, content: Mapping[str, Any], about: Mapping[str, Any]
 ) -> Posterior:
     quality, evidence = about["diagnostics"], about["evidence"]
+    marginals = {
+        n: _marginal(content["marginals"][n], n, kind, about) for n, kind in about["kinds"].items()
+    }
+    independent = about.get("independent", False)
     posterior = Posterior(
         bound,
-        {
-            n: _marginal(content["marginals"][n], n, kind, about)
-            for n, kind in about["kinds"].items()
-        },
+        marginals,
         method=about["method"],
-        sampler=Pool(content["pool"]),
+        sampler=Independent(marginals) if independent else Pool(content["pool"]),
         log_evidence=None if evidence is None else Evidence(*evidence),
         diagnostics=Diagnostics(
             content["ess"],
@@ -313,6 +336,7 @@ def _priors(about: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _marginal(tensors: Mapping[str, Tensor], name: str, kind: str, about: Mapping[str, Any]) -> Any:
     more = {"manifold": about["manifolds"][name]} if kind == "joint" else {}
+    more |= {"shape": tuple(about["shapes"][name])} if kind == "sparse" else {}
     return mg.KINDS[kind](**tensors, **more)
 
 

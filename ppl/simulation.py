@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,8 @@ from ppl.lowered import joint_edges
 from ppl.streams import Streams, isolated
 
 DRAW = "draw"
+# Told of each observed site its law, with draws in front of the parameters, and the shape of its draws.
+Watch = Callable[[Variable, Distribution, tuple[int, ...]], None]
 
 
 class Known(NamedTuple):
@@ -34,6 +36,7 @@ def simulate(
     *,
     known: Mapping[str, Known] | None = None,
     sites: Sequence[str] | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, Tensor]:
     """Draw every unknown site in the order of the program, ``n`` times at once.
 
@@ -43,6 +46,7 @@ def simulate(
         streams: one generator a site.
         known: values to keep, whole or element by element; the rest is drawn given them.
         sites: which sites to return; all by default.
+        watch: is told the laws of observed sites that are drawn anew.
 
     Returns:
         For each latent, observed and deterministic site a tensor ``[n, *plates, *event]``.
@@ -50,7 +54,7 @@ def simulate(
     Raises:
         UnsupportedError: a law has no sampler (``Flat``).
     """
-    run = _Simulation(bound, n, streams, known or {})
+    run = _Simulation(bound, n, streams, known or {}, watch)
     needed = None if sites is None else _needed(bound, sites)
     with isolated(streams.seed):
         for factor in bound.graph.factors.values():
@@ -69,7 +73,15 @@ def _needed(bound: Bound, sites: Sequence[str]) -> set[str]:
 
 
 class _Simulation:
-    def __init__(self, bound: Bound, n: int, streams: Streams, known: Mapping[str, Known]) -> None:
+    def __init__(
+        self,
+        bound: Bound,
+        n: int,
+        streams: Streams,
+        known: Mapping[str, Known],
+        watch: Watch | None,
+    ) -> None:
+        self.watch = watch
         self.bound, self.graph, self.n, self.streams, self.known = (
             bound,
             bound.graph,
@@ -127,6 +139,12 @@ class _Simulation:
         draw = _without_edges(
             _sample(variable, law, leaves, shape, self.streams), variable, arguments
         )
+        if self.watch is not None and variable.role == "observed" and entry is None:
+            if not is_foreign(law.family) and not joint_edges(arguments):
+                ranks = _ranks(variable, law, arguments)
+                full = [1 + len(variable.plates) + rank for rank in ranks]
+                spelled = [x[(None,) * (n - x.ndim)] for x, n in zip(leaves, full, strict=True)]
+                self.watch(variable, law.family.replace(spelled), shape)
         return _mixed(draw, entry, variable)
 
     def _chain(self, factor: Factor, variable: Variable, entry: Known | None) -> Tensor:

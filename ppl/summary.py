@@ -17,6 +17,7 @@ from ppl.diagnostics import K_GOOD, K_USABLE
 from ppl.distributions import Categorical
 from ppl.errors import UnsupportedError
 from ppl.marginals import Marginal
+from ppl.nn import report
 
 if TYPE_CHECKING:
     from ppl.posterior import Posterior
@@ -103,11 +104,15 @@ def headline(posterior: Posterior) -> str:
         shown = {n: c for n, c in total.items() if n not in deterministics}
     else:
         shown = total
+    short = report.arrays_in_short(posterior)  # weights of layers: a line for each array
+    shown = {n: c for n, c in shown.items() if n not in short}
     rows = [row for n, c in _shares(shown).items() for row in _rows(posterior, n, c)]
-    rest = sum(total.values()) - len(rows)
-    lines = [str(Summary(tuple(rows)))]
+    rest = sum(total.values()) - len(rows) - sum(total[n] for n in short)
+    lines = [str(Summary(tuple(rows)))] if rows or not short else []
     lines += [f"... and {rest} more: posterior.summary()"] if rest else []
+    lines += [report.table(report.lines(posterior, short))] if short else []
     lines += ["", _run_line(posterior, total), *_quality_line(posterior)]
+    lines += [line for line in [report.facts(posterior)] if short and line]
     verdict = posterior.diagnostics.verdict
     lines.append(f"verdict: {'good' if verdict.startswith('good') else verdict}")
     lines += [f"warning: {text}" for text in dict.fromkeys(posterior.diagnostics.warnings)]
@@ -152,12 +157,7 @@ def is_nominal(bound: Bound, name: str) -> bool:
 
 
 def _count(posterior: Posterior, name: str) -> int:
-    bound = posterior.bound
-    if name in bound.graph.variables:
-        return math.prod(bound.shape(bound.graph.variables[name]))
-    factor = bound.graph.factors[name]
-    event = bound.graph.nodes[factor.value.id].event_shape
-    return math.prod((*(bound.size(p) for p in factor.plates), *event))
+    return math.prod(_shape(posterior, name))
 
 
 def _shares(sizes: dict[str, int], room: int = _ROWS) -> dict[str, int]:
@@ -174,7 +174,9 @@ def _shares(sizes: dict[str, int], room: int = _ROWS) -> dict[str, int]:
 
 
 def _rows(posterior: Posterior, name: str, most: int | None = None) -> list[Row]:
-    marginal = posterior.marginal(name)
+    whole = posterior.marginal(name)
+    shape = _shape(posterior, name)
+    marginal = whole if most is None else mg.first(whole, most)
     centre = mg.mean(marginal)
     if is_nominal(posterior.bound, name):
         numbers = [torch.full_like(centre, torch.nan)] * 5
@@ -182,19 +184,27 @@ def _rows(posterior: Posterior, name: str, most: int | None = None) -> list[Row]
         levels = torch.tensor(_LEVELS, dtype=centre.dtype, device=centre.device)
         numbers = [centre, mg.entry_sd(marginal), *mg.quantile(marginal, levels)]
     quality = posterior.diagnostics
-    numbers += [_per_scalar(table.get(name), centre) for table in (quality.ess, quality.pareto_k)]
+    numbers += [_per_scalar(table.get(name), shape) for table in (quality.ess, quality.pareto_k)]
     cells = zip(*(t.reshape(-1)[:most].tolist() for t in numbers), strict=True)
-    texts = _values(posterior, name, marginal, centre.shape, most)
-    names = element_names(posterior.bound, name, centre.shape)
+    texts = _values(posterior, name, marginal, shape, most)
+    names = element_names(posterior.bound, name, shape)
     return [Row._make((name, n, *c, v)) for n, c, v in zip(names, cells, texts, strict=False)]
 
 
-def _per_scalar(values: Tensor | None, like: Tensor) -> Tensor:
+def _shape(posterior: Posterior, name: str) -> tuple[int, ...]:
+    """``[*plates, *event]`` of a site."""
+    bound = posterior.bound
+    if name in bound.graph.variables:
+        return bound.shape(bound.graph.variables[name])
+    factor = bound.graph.factors[name]
+    event = bound.graph.nodes[factor.value.id].event_shape
+    return (*(bound.size(p) for p in factor.plates), *event)
+
+
+def _per_scalar(values: Tensor | None, shape: Sequence[int]) -> Tensor:
     """One number a scalar from one number an element: an event shares what its element has."""
-    if values is None:
-        return torch.full_like(like, torch.nan)
-    values = torch.as_tensor(values)
-    return values.reshape((*values.shape, *(1,) * (like.ndim - values.ndim))).expand(like.shape)
+    values = torch.full((), torch.nan) if values is None else torch.as_tensor(values)
+    return values.reshape((*values.shape, *(1,) * (len(shape) - values.ndim))).expand(tuple(shape))
 
 
 def _values(

@@ -3,6 +3,9 @@
 A layer is a function of one element. It is built anywhere, before the plate of the data is opened, and called
 inside; its weights are declared on the first call. ``prior=`` says what they are, see :mod:`ppl.nn.priors`.
 :func:`find_layers` finds the layers in a graph, for methods that fit networks.
+
+Of a fit, ``posterior.to_module()`` is the network as a ``torch.nn.Module`` (:class:`Network`), ``posterior.support`` and
+``posterior.density`` say which weights are not zero, ``posterior.compress()`` keeps those only (:class:`Compressed`).
 """
 
 from ppl.nn.activations import (
@@ -25,6 +28,8 @@ from ppl.nn.activations import (
     Tanh,
 )
 from ppl.nn.batch_norm import BatchNorm
+from ppl.nn.compression import Compressed, load_compressed
+from ppl.nn.export import Network
 from ppl.nn.groups import group_scale, group_sparse
 from ppl.nn.layers import Conv1d, Conv2d, Linear
 from ppl.nn.lift import lift
@@ -49,6 +54,7 @@ __all__ = [
     "AvgPool1d",
     "AvgPool2d",
     "BatchNorm",
+    "Compressed",
     "Conv1d",
     "Conv2d",
     "Flatten",
@@ -63,6 +69,7 @@ __all__ = [
     "Linear",
     "MaxPool1d",
     "MaxPool2d",
+    "Network",
     "ReLU",
     "ResNet18",
     "Residual",
@@ -83,6 +90,7 @@ __all__ = [
     "isotropic",
     "laplace",
     "lift",
+    "load_compressed",
     "point",
     "scale_mixture",
     "spike_slab",
