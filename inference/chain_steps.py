@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ppl.inference import chains
+from ppl.inference import chains, scans
 from ppl.inference.drawing import Chosen, selected, unravel
 from ppl.inference.layout import Chain, Term
 from ppl.inference.logspace import log_sum_product
@@ -89,7 +89,7 @@ class ChainSum(Step):
         if self.is_tree:
             total = chains.tree(first, sum(units[1:], units[0]), chains.with_leave(step, leave))
         else:
-            total = chains.scan(first, units, step, leave)
+            total = scans.scan(first, units, step, leave)
         return total.expand(self.layout.shape(self.outer))
 
     @property

@@ -171,11 +171,9 @@ class Plan:
                 name: program.unload(g, k)
                 for (name, k), g in zip(watched.items(), grads, strict=True)
             }
-            if power != 1.0:
-                found = {
-                    name: w / power if route.inputs[watched[name]].context else w
-                    for name, w in found.items()
-                }
+            if power != 1.0:  # what lies within plates has been pulled through their exponent
+                dims = {name: (-1,) if isinstance(name, str) else (-2, -1) for name in found}
+                found = {n: w / w.sum(dims[n], keepdim=True) for n, w in found.items()}
         return log_z, found
 
     def draw(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ppl.errors import DataError
+from ppl.inference.chain_steps import ChainSum
 from ppl.inference.drawing import Chosen
 from ppl.inference.layout import Layout, LogFactor, Term
 from ppl.inference.steps import Pull, Reduce, Slots, Step, Wanted, Weigh, inverse
@@ -146,7 +147,9 @@ class Program:
 
 
 def _leaves_plates(step: Step) -> bool:
-    """Whether a step multiplies over the last plate around a factor."""
+    """Whether a step multiplies over the last plate around a factor, or sums all paths along it."""
+    if isinstance(step, ChainSum):
+        return not step.output.context
     return isinstance(step, (Reduce, Weigh)) and not set(step.output.context) - {step.plate}
 
 

@@ -623,12 +623,23 @@ def _check_values(
                 f"'{variable.name}': {int(absent.sum())} entries are missing, and {graph.children(variable.name)[0]!r} depends "
                 "on them, so they cannot simply drop out. Drop those rows, or fill them in."
             )
+    _check_finite(variable, tensor, labels)
     _check_support(variable, tensor, absent, labels)
     if not bool(absent.any()):
         return tensor, None
     if variable.role == "observed":
         _check_parts(graph, variable, absent, labels)
     return _filled(graph, variable, tensor, absent), ~absent
+
+
+def _check_finite(variable: Variable, tensor: Tensor, labels: Mapping[str, Sequence[Any]]) -> None:
+    """An infinite observation has no density under any law."""
+    infinite = tensor.isinf()
+    if bool(infinite.any()):
+        raise DataError(
+            f"'{variable.name}' ({variable.role}): {int(infinite.sum())} entries are infinite, the first at "
+            f"{_place(variable, infinite, labels)}. Drop those rows, or set the entries to NaN, which sums them out."
+        )
 
 
 def _check_covariate(

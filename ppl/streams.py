@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 import torch
 
+from ppl.errors import ModelError
+
 
 class Streams:
     """Generators by name, all derived from one seed.
@@ -21,6 +23,8 @@ class Streams:
     """
 
     def __init__(self, seed: int | None, device: torch.device | str = "cpu") -> None:
+        if seed is not None and not (hasattr(seed, "__index__") and not isinstance(seed, bool)):
+            raise ModelError(f"seed: expected a whole number or None, got {seed!r}.")
         # Without a seed one number is drawn from the global generator, so that torch.manual_seed still governs.
         self.seed = int(torch.randint(2**31, (1,)).item()) if seed is None else int(seed)
         self.device = torch.device(device)

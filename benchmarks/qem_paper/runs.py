@@ -7,6 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -15,6 +16,8 @@ import torch
 from benchmarks.qem_paper.experiments import Experiment
 from ppl import Normal, Posterior, backend
 from ppl.backend import Settings
+from ppl.inference.particles.estep import draw_in_parts, evaluated
+from ppl.inference.particles.weighting import Weighting, make_weighting
 from ppl.models.files import find
 from ppl.streams import Streams
 
@@ -27,10 +30,14 @@ LEARNING_RATE = {"vi": 0.03, "rws": 0.03}  # the best of three in the paper
 class Trace(NamedTuple):
     """What a run left."""
 
-    log_evidence: list[float]  # at every iteration, before its update; NaN while the bridge is down
+    log_evidence: list[float]  # at every iteration, before its update; never tempered
     seconds: list[float]  # since the first state, at every iteration
     predicted: dict[int, tuple[float, float]]  # by iteration: joint and pointwise score, nats
     errors: dict[int, tuple[float, float]]  # by iteration: of means, of log standard deviations
+
+
+class OutOfTime(Exception):
+    """A run was not over when its time was."""
 
 
 def is_there(method: str) -> bool:
@@ -83,6 +90,7 @@ def run(
     units: Units = None,
     every: int = 10,
     judge: bool = False,
+    until: float | None = None,
 ) -> Trace:
     """Fit for some iterations.
 
@@ -95,6 +103,10 @@ def run(
         units: for the comparison of versions: "original", or "rescaled", the one in other units.
         every: iterations between two predictive scores; 0: none.
         judge: whether to compare moments with the reference, at eight iterations.
+        until: reading of ``time.monotonic`` at which a run that is not over is given up.
+
+    Raises:
+        OutOfTime: it was not over then.
     """
     program = experiment.program(rescaled=True) if units == "rescaled" else experiment.program
     options = options_of(method, experiment, particles, units)
@@ -116,10 +128,14 @@ def run(
     trace, clock = Trace([], [], {}, {}), 0.0
     state = module.init(problem)
     for i in range(1, iterations + 1):
-        begun = time.perf_counter()
+        if until is not None and time.monotonic() > until:
+            raise OutOfTime(f"{experiment.name} by {method}: stopped before iteration {i}")
+        before, begun = state, time.perf_counter()
         state, info = module.step(problem, state, None)
         clock += time.perf_counter() - begun
         level = info.metrics.get("log_evidence", info.metrics.get("bound"))  # the latter of vi
+        if method == "qem default":  # its own has other particle counts, and is NaN while tempered
+            level = evidence_at(problem, before, particles, i)
         trace.log_evidence.append(float(level))
         trace.seconds.append(clock)
         if every and (i % every == 0 or i in (1, 2, 5)):
@@ -128,6 +144,25 @@ def run(
             found = _posterior(module, judged, state, program)
             trace.errors[i] = moment_errors(found, experiment)
     return trace
+
+
+def evidence_at(problem: Any, state: Any, particles: int, iteration: int) -> float:
+    """Log evidence of the posterior's own weights at fresh particles, so many of every block, of the proposals of qem."""
+    weighting = _weighting_at(problem, particles)
+    streams = problem.settings.streams.child(f"level {iteration}")
+    with torch.no_grad():
+        drawn = draw_in_parts(weighting, state.q, streams)
+        here = evaluated(problem, weighting, drawn, state.q)
+        return float(weighting.plan.log_evidence(here.factors()))
+
+
+@lru_cache(maxsize=1)
+def _weighting_at(problem: Any, particles: int) -> Weighting:
+    sizes = {
+        b.axis: problem.weighting.sizes[b.axis] if b.enumerated else particles
+        for b in problem.blocks
+    }
+    return make_weighting(problem.bound, problem.blocks, sizes, 0, None, problem.options.chains)
 
 
 _LOOKS = (1, 4, 10, 25, 50, 100, 160)

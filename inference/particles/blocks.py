@@ -19,6 +19,7 @@ from torch.distributions.transforms import Transform
 from ppl.errors import ModelError, UnsupportedError, nearest
 from ppl.graph import Graph, Variable
 from ppl.inference.numerics.expfam import FAMILIES
+from ppl.inference.particles import nested
 from ppl.inference.particles.forms import (
     Asked,
     Form,
@@ -32,7 +33,12 @@ from ppl.inference.particles.forms import (
     read_latents,
 )
 from ppl.inference.particles.options import ParticleOptions
-from ppl.inference.particles.sharing import block_plates, is_enumerable, named_groups
+from ppl.inference.particles.sharing import (
+    block_plates,
+    is_enumerable,
+    is_whole_path,
+    named_groups,
+)
 from ppl.manifolds import manifold_of
 from ppl.passes import upstream
 
@@ -51,6 +57,7 @@ class Member:
     transform: Transform | None  # unconstrained -> support; None where it is the identity
     family: str | None = None  # exponential family of its proposal, when it has one of its own
     start: Any = None  # a law with start values
+    path: str | None = None  # ordered plate of a chain whose particles are whole paths
 
     @property
     def name(self) -> str:
@@ -95,6 +102,11 @@ class Block:
     def index(self) -> str:
         """How a particle finds its parents."""
         return self.form.index if self.form is not None else "permutation"
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether each particle of its parents has particles of its own."""
+        return self.index == "nested"
 
     @cached_property
     def gaussian(self) -> tuple[Member, ...]:
@@ -145,6 +157,9 @@ def make_blocks(graph: Graph, options: ParticleOptions) -> tuple[Block, ...]:
                 raise UnsupportedError(
                     f"q={{'{v.name}': ...}}: '{v.name}' is a Markov chain; its proposal has no other form. Leave it out of q."
                 )
+            if is_whole_path(graph, member, options):
+                members[v.name] = _as_path(graph, member, chain[0])
+                continue
             joint = options.joint_chains and 0 < member.dims <= options.joint_up_to
             form = GaussMarkov() if joint and not member.family else None
             plates = block_plates(graph, member)
@@ -156,6 +171,11 @@ def make_blocks(graph: Graph, options: ParticleOptions) -> tuple[Block, ...]:
     made = tuple(blocks + fixed)
     check_order(graph, made)
     return made
+
+
+def _as_path(graph: Graph, member: Member, plate: str) -> Member:
+    """The chain with all its states in one particle."""
+    return replace(member, collapsed=(plate,), sizes=(graph.plates[plate].size or 2,), path=plate)
 
 
 def _block(graph: Graph, members: Sequence[Member], asked: Mapping[str, Asked]) -> Block:
@@ -213,7 +233,9 @@ def check_order(graph: Graph, blocks: Sequence[Block]) -> tuple[Block, ...]:
                     f"q=...: the proposal of {', '.join(block.names)} (plates {list(block.plates)}) reads '{name}', which lies "
                     f"in plates {list(home[name].plates)}. A proposal reads latents of its own plates or of outer ones."
                 )
-        _check_parents(graph, block, [b for b in blocks if set(b.names) & set(block.reads)])
+        parents = [b for b in blocks if set(b.names) & set(block.reads)]
+        _check_parents(graph, block, parents)
+        nested.check(block, parents, [b for b in blocks if set(b.reads) & set(block.names)])
     return tuple(ordered)
 
 

@@ -54,6 +54,7 @@ def update_all(
     step: float,
     corrected: bool,
     blocks: Sequence[Block] | None = None,
+    follows: bool = False,
 ) -> dict[str, Proposal]:
     """Average the moments of the weighted particles into every proposal.
 
@@ -66,6 +67,7 @@ def update_all(
         step: share of the new moments.
         corrected: divide variances of blocks without a form by ``1 - sum(w^2)``.
         blocks: those to update; all by default.
+        follows: whether the target still moves; of blocks without a form.
     """
     others = Others(weighting, drawn, arrays)
     new = {}
@@ -75,7 +77,7 @@ def update_all(
         old = states[b.axis]
         if b.form is None:
             new[b.axis] = moments.update(
-                b, old, drawn[b.axis], weights.marginals[b.axis], step, corrected
+                b, old, drawn[b.axis], weights.marginals[b.axis], step, corrected, follows
             )
         elif type(b.form) in _UPDATE:
             learn = _UPDATE[type(b.form)]

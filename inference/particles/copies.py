@@ -74,7 +74,7 @@ def counted(
     with c.renamed(factor.name, rows.names, {n: a for n, (a, _) in rows.arrays.items()}):
         ones, count = (_table(c, factor.name, kind) for kind in ("@ones", "@rows"))
         if logits:
-            out = _bernoulli(c, law, ones, count, plate, setting)
+            out = _bernoulli(c, law, ones, count, plate, setting, rows.are_paired)
             return None if out is None else [Piece(out, plates)]
         density = law_density(c, law, c.operand(factor.value), None, factor.plates)
         axes = c.joint_axes([density, count])
@@ -91,7 +91,13 @@ def _table(c: Compiler, name: str, kind: str) -> Operand:
 
 
 def _bernoulli(
-    c: Compiler, law: Law, ones: Operand, count: Operand, plate: str, setting: Setting
+    c: Compiler,
+    law: Law,
+    ones: Operand,
+    count: Operand,
+    plate: str,
+    setting: Setting,
+    are_paired: bool,
 ) -> Operand | None:
     """``sum_i y_i x_i - log(1 + exp(x_i))``: the first part by part, the second over combinations."""
     parts = parts_of(c, summands(c, law.arguments[0], 1), setting)
@@ -106,7 +112,7 @@ def _bernoulli(
         varying = [max(varying, key=lambda i: entries(frame.own[i], setting))]
     order = [*varying, *(i for i in range(len(parts)) if i not in varying)]
     axes = (*frame.batch, *(a for i in order for a in frame.own[i]))
-    run = partial(sums.bernoulli_sum, len(frame.batch), len(varying))
+    run = partial(sums.bernoulli_sum, len(frame.batch), len(varying), are_paired)
     slot = c.emit(run, *tables, *(placed[i] for i in order))
     return sorted_by_axis(c, slot, axes)
 
@@ -140,11 +146,11 @@ def _distinct(
         present = spread(factor.name, values[factor.name + "@mask"]).to(c.dtype)
     known = {n: spread(n, values[n]) for n in sorted(reads)}
     known |= {factor.name: observed} if by_value else {}
-    made = _tables(factor.name, known, observed, present)
+    made = _tables(factor.name, known, observed, present, not by_value)
     if made is None:
         return None
-    names, arrays = made
-    return Rows(plate, names, {n: ((*outer, plate), a) for n, a in arrays.items()})
+    names, arrays, are_paired = made
+    return Rows(plate, names, {n: ((*outer, plate), a) for n, a in arrays.items()}, are_paired)
 
 
 def _spread(
@@ -159,9 +165,12 @@ def _spread(
 
 
 def _tables(
-    factor: str, known: Mapping[str, Tensor], observed: Tensor, present: Tensor
-) -> tuple[dict[str, str], dict[str, Tensor]] | None:
-    """Inputs with the distinct rows of each variable, and with their numbers; None where there are too many."""
+    factor: str, known: Mapping[str, Tensor], observed: Tensor, present: Tensor, in_pairs: bool
+) -> tuple[dict[str, str], dict[str, Tensor], bool] | None:
+    """Inputs with the distinct rows of each variable, and with their numbers; None where there are too many.
+
+    With ``in_pairs`` rows with equal numbers stand two and two where that takes few more, which is said at the end.
+    """
     keyed = [k.reshape(observed.numel(), -1) for k in known.values()]
     if sum(k.shape[-1] for k in keyed) * observed.numel() > _MOST_ENTRIES:
         return None
@@ -170,15 +179,21 @@ def _tables(
     first, slot, most = sums.distinct_rows(cells, rows, keyed)
     if most > _WORTHWHILE * rows:
         return None
-    short = (*shape[:-1], most)
+    zeros = observed.new_zeros(cells * most)
+    totals = {}
+    for kind, weight in (("@rows", present), ("@ones", present * observed)):
+        total = zeros.index_add(0, slot, torch.where(present > 0, weight, 0.0).reshape(-1))
+        totals[kind] = total.reshape(cells, most)
+    order = sums.in_pairs(totals["@rows"]) if in_pairs else None
+    if order is not None:
+        safe = order.clamp(min=0)
+        first = first.gather(1, safe)
+        totals = {k: t.gather(1, safe).masked_fill(order < 0, 0.0) for k, t in totals.items()}
+    short = (*shape[:-1], first.shape[1])
+    arrays = {factor + kind: total.reshape(short) for kind, total in totals.items()}
     names = {name: f"{name}@rows of {factor}" for name in known}
-    arrays = {}
     for name, array in known.items():
         event = array.shape[len(shape) :]
         picked = array.reshape(cells * rows, *event)[first.reshape(-1)]
         arrays[names[name]] = picked.reshape(*short, *event)
-    zeros = observed.new_zeros(cells * most)
-    for kind, weight in (("@rows", present), ("@ones", present * observed)):
-        total = zeros.index_add(0, slot, torch.where(present > 0, weight, 0.0).reshape(-1))
-        arrays[factor + kind] = total.reshape(short)
-    return names, arrays
+    return names, arrays, order is not None

@@ -25,6 +25,9 @@ _COMFORTABLE = (
     200_000  # entries of the largest array up to which more particles cost next to nothing
 )
 _PER_SCALAR = 8  # particles of a joint Gaussian outside plates, where they cost little, for each of its scalars
+_PER_PATH = 5  # particles of a block with a whole path, for each of its scalars
+_NESTED = 6  # particles for each one of the parents
+_NESTED_LAST = 20
 _TOLERABLE = 20_000_000  # entries of the largest array, about a second an iteration
 # Particles in plates, and outside for each scalar, that are tried in turn where that is exceeded.
 _SCARCE = ((10, 4), (6, 4), (6, 3), (4, 3))
@@ -64,6 +67,9 @@ def particle_counts(
             own = [named[n] for n in b.names if n in named]
             joint = not b.plates and b.dims <= options.joint_limit(b.plates)
             usual = max(count, min(_PER_SCALAR * b.dims, 1000)) if joint else count
+            if any(m.path for m in b.members):
+                usual = max(count, _PER_PATH * b.dims)
+            usual = _NESTED if b.is_nested else usual
             sizes[b.axis] = values_of(b) if b.enumerated else own[0] if own else default or usual
         limit = _COMFORTABLE * (1 if count > 30 else 20)
         if settings.memory is not None:
@@ -103,7 +109,14 @@ def final_counts(
         many = max((b.dims for b in blocks if not b.plates), default=0) > options.joint_up_to
         inner = count if options.final_particles or many else min(4 * count, _COUNTS[0])
         sizes = {
-            b.axis: values_of(b) if b.enumerated else inner if b.plates else count for b in blocks
+            b.axis: values_of(b)
+            if b.enumerated
+            else _NESTED_LAST
+            if b.is_nested
+            else inner
+            if b.plates
+            else count
+            for b in blocks
         }
         if options.final_particles or largest(weighting.bound, blocks, sizes) <= budget:
             return sizes
@@ -136,5 +149,8 @@ def _mixtures(bound: Bound, blocks: Sequence[Block], sizes: Mapping[str, int]) -
         parents = [b for b in blocks if set(b.names) & set(block.reads)]
         counts = (sizes[b.axis] for b in (block, *parents))
         if parents:
-            found.append(torch.Size((*(bound.size(p) for p in block.plates), *counts)).numel())
+            size = torch.Size((*(bound.size(p) for p in block.plates), *counts)).numel()
+            # Nested particles are drawn at every combination.
+            events = [torch.Size(m.variable.event_shape).numel() for m in block.members]
+            found.append(size * sum(events) if block.is_nested else size)
     return found

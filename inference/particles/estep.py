@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ppl.inference.contract import LogFactor
-from ppl.inference.particles import conditional
+from ppl.inference.particles import conditional, nested
 from ppl.inference.particles.approximation import Approximation, param_value
 from ppl.inference.particles.parents import Others
 from ppl.inference.particles.problem import Problem
@@ -72,7 +72,8 @@ def all_arrays(
     arrays = _fixed_arrays(weighting, q)
     for block in weighting.blocks:
         if not block.enumerated and block.axis in particles:
-            arrays |= particles[block.axis].values
+            values, at = particles[block.axis].values, len(weighting.lead) + len(block.plates)
+            arrays |= {n: nested.apart(weighting, block, v, at) for n, v in values.items()}
     return arrays
 
 
@@ -122,7 +123,7 @@ class Evaluated(NamedTuple):
     def _whole(self, bridge: float, inner: float) -> list[LogFactor]:
         assert self.densities is not None
         terms = self.weighting.terms
-        scales = [inner if t.plates else bridge for t in terms]
+        scales = [inner if w else bridge for w in self.weighting.lies_within]
         count = len(self.densities)
         made = [
             f if s == 1.0 else f._replace(log=s * f.log)
@@ -179,6 +180,8 @@ def weigh(
     needed = enumerated or any(b.form or b.tied for b in blocks)
     only = None if needed else frozenset(b.axis for b in blocks if not b.enumerated)
     wanted = conditional.needed_pairs(at.weighting.blocks) if pairs is None else tuple(pairs)
+    own = nested.pairs(blocks)
+    wanted = tuple(dict.fromkeys((*wanted, *own)))
     large = (
         last
         and at.densities is not None
@@ -192,7 +195,9 @@ def weigh(
         only=only,
     )
     singles = {axis: w for axis, w in found.items() if isinstance(axis, str)}
-    return Weights(log_z, singles, {a: w for a, w in found.items() if not isinstance(a, str)})
+    joint = {a: w for a, w in found.items() if not isinstance(a, str)}
+    singles |= {pair[1]: joint[pair].flatten(-2) for pair in own}
+    return Weights(log_z, singles, joint)
 
 
 def proposal_terms(
@@ -215,4 +220,6 @@ def proposal_term(
     shift = -math.log(weighting.sizes[term.name])
     log = torch.rsub(log_q if bridge == 1.0 else bridge * log_q, shift)
     order = weighting.plate_orders[term.name]
-    return LogFactor(term.axes, log if order is None else log.permute(order))
+    log = log if order is None else log.permute(order)
+    block = next(b for b in weighting.blocks if b.axis == term.name)
+    return LogFactor(term.axes, nested.apart(weighting, block, log, log.ndim - 1))

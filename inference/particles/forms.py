@@ -17,7 +17,7 @@ from typing import Any, Literal
 from ppl.errors import ModelError, nearest
 from ppl.graph import Graph, Variable
 
-Index = Literal["permutation", "categorical"]
+Index = Literal["permutation", "categorical", "nested"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Prior:
 
     Args:
         index: how a particle finds its parents, by a random ``"permutation"`` of them or independently
-            (``"categorical"``); drawn anew for every plate element.
+            (``"categorical"``); drawn anew for every plate element. ``"nested"``: every particle of the parents has particles of
+            its own, as many as ``particles`` says of the latent; parents in one block.
     """
 
     index: Index = "permutation"
@@ -37,7 +38,8 @@ class Tilted:
     """The latent's own law tilted towards the posterior: ``q(z | u)`` proportional to ``p(z | u) exp(delta . T(z))``.
 
     ``delta`` is learned for every plate element; the law must be an exponential family. It keeps the shape of a hierarchy (a
-    funnel) and suits latents of a few dimensions: in many, particles drawn given one parent have no weight under another.
+    funnel) and suits latents of a few dimensions: in many, particles drawn given one parent have no weight under another, and
+    ``index="nested"`` is better.
 
     Args:
         index: as in :class:`Prior`.
@@ -162,9 +164,14 @@ def _asked(names: tuple[str, ...], value: Any) -> Asked:
         raise ModelError(f"q={{{names}: Tied(Tied(...))}}: one Tied is enough; give it over=...")
     if not isinstance(value, Form):
         return Asked(names, None, tied, value)
-    if value.index not in ("permutation", "categorical"):
+    known = (
+        "permutation",
+        "categorical",
+        *(("nested",) if isinstance(value, (Prior, Tilted)) else ()),
+    )
+    if value.index not in known:
         raise ModelError(
-            f"q={{{names}: {value}}}: index: expected 'permutation' or 'categorical', got {value.index!r}."
+            f"q={{{names}: {value}}}: index: expected {' or '.join(map(repr, known))}, got {value.index!r}."
         )
     family = value.family if isinstance(value, Table) else None
     return Asked(names, value, tied, family)

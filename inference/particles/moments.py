@@ -15,6 +15,9 @@ from ppl.inference.numerics.linalg import weighted_moments
 from ppl.inference.particles.blocks import Block, Member
 from ppl.inference.particles.proposals import Joint, Particles, Proposal, fixed_arguments
 
+_NOISE = 2.0  # nats that the noise of an averaged covariance may cost
+_PATH_NOISE = 0.15  # the same of each of many paths, whose start is good to that much
+
 
 def update(
     block: Block,
@@ -23,6 +26,7 @@ def update(
     weights: Tensor,
     step: float,
     corrected: bool,
+    follows: bool = False,
 ) -> Proposal:
     """Average the moments of the weighted particles into the proposal.
 
@@ -35,6 +39,7 @@ def update(
         weights: ``[*restart, *plates, K]``, sums to one over ``K``.
         step: share of the new moments.
         corrected: divide variances by ``1 - sum(w^2)``, the bias of self-normalised weights.
+        follows: whether the target still moves, see :func:`followed`.
     """
     dims: tuple[int, ...]
     if not block.tied and math.isfinite(float(weights.sum())):
@@ -49,7 +54,13 @@ def update(
         new = joint_moments(joint, particles.free, safe)
         if corrected:
             new = _corrected(new, safe)
-        joint = average(joint, tie(new, dims, shares), _affordable(step, joint, safe), good)
+        new = tie(new, dims, shares)
+        noise = _PATH_NOISE if any(m.path for m in block.members) else _NOISE
+        short = _affordable(step, joint, safe, dims, noise)
+        if follows and joint.is_full:
+            joint = followed(joint, new, step, short, good)
+        else:
+            joint = average(joint, new, short, good)
     families = {}
     for member in block.members:
         if member.family is not None:
@@ -59,17 +70,21 @@ def update(
     return Proposal(joint, families)
 
 
-def _affordable(step: float, joint: Joint, weights: Tensor) -> float | Tensor:
-    """The step, or a shorter one where the average would hold fewer than four effective particles per scalar.
+def _affordable(
+    step: float, joint: Joint, weights: Tensor, tied: tuple[int, ...], noise: float
+) -> float | Tensor:
+    """The step, or a part of it where the noise of a covariance would cost more than ``noise`` nats at a step of one.
 
-    A covariance of ``D`` scalars from fewer particles is nearly singular; an average with step ``l`` holds ``2 / l`` times those
-    of an iteration.
+    That of ``D`` scalars from ``n`` effective particles is a divergence of about ``D (D + 1) / 4 n`` nats, and an average with
+    step ``l`` holds ``(2 - l) / l`` times the particles of an iteration.
     """
     dims = joint.mean.shape[-1]
-    if not joint.is_full or step <= 0.5 / dims:
+    if not joint.is_full:
         return step
     ess = 1.0 / weights.square().sum(-1)
-    return (0.5 * ess / dims).clamp(max=step)
+    ess = ess.sum(tied, keepdim=True) if tied else ess
+    ratio = 4 * noise * ess / (dims * (dims + 1))
+    return step * (2 * ratio / (1 + ratio)).clamp(max=1.0)
 
 
 def tied_shares(block: Block, usable: Tensor) -> tuple[tuple[int, ...], Tensor]:
@@ -140,6 +155,20 @@ def average(old: Joint, new: Joint, step: float | Tensor, usable: Tensor | None)
         torch.where(like(usable, mean), mean, old.mean),
         torch.where(like(usable, cov), _floored(cov, old), old.cov),
     )
+
+
+def followed(
+    old: Joint, new: Joint, step: float, short: float | Tensor, usable: Tensor | None
+) -> Joint:
+    """:func:`average` for a target that moves: the mean by ``step``, the second moments about the old mean by ``short``.
+
+    A mean has less noise than a covariance, and may come near sooner; a spread that keeps the whole of the mean's way does not
+    shrink before the target is there.
+    """
+    apart = new.mean - old.mean
+    share = like(short, new.cov) if isinstance(short, Tensor) else short
+    wide = new._replace(cov=new.cov + share * apart.unsqueeze(-1) * apart.unsqueeze(-2))
+    return Joint(average(old, new, step, usable).mean, average(old, wide, short, usable).cov)
 
 
 def _averaged_variances(old: Joint, new: Joint, step: float) -> Joint:

@@ -36,6 +36,8 @@ class ParticleOptions:
             thousandth of what the data say already leaves few of the prior's particles.
         joint_up_to: largest number of scalars in a block with a joint Gaussian, within plates; eight times as many outside
             all plates. 0 gives products of scalars.
+        paths_up_to: largest number of scalars of a Markov latent's path that has one particle index, and one joint Gaussian with
+            what else lies in its plates: for many short chains. 0 gives each state particles of its own.
         enumerate_up_to: largest number of values of a discrete latent that is summed exactly.
         final_particles: of the last weighting; chosen from the size of the model by default.
         tails: degrees of freedom of the Student-t proposal of the last weighting; infinite for a Gaussian.
@@ -53,15 +55,17 @@ class ParticleOptions:
     q: Mapping[Any, Any] | None = None
     start: Start = "prior"
     joint_up_to: int = 12
+    paths_up_to: int = 24
     enumerate_up_to: int = 64
     final_particles: int | None = None
     tails: float = 5.0
     replicates: int | None = None
     chains: Literal["auto", "scan", "tree"] = "auto"
 
-    def joint_limit(self, plates: Sequence[str]) -> int:
+    def joint_limit(self, plates: Sequence[str], has_path: bool = False) -> int:
         """Largest number of scalars of a joint Gaussian in these plates; outside all plates one costs next to nothing."""
-        return max(self.joint_up_to, 0) * (1 if plates else _OUTSIDE)
+        limit = max(self.joint_up_to, 0) * (1 if plates else _OUTSIDE)
+        return limit + self.paths_up_to if has_path else limit
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -77,7 +81,7 @@ class ParticleOptions:
             raise ModelError(
                 f"{name}(start=...): expected one of {', '.join(get_args(Start))}, got {self.start!r}."
             )
-        if isinstance(self.groups, str) and self.groups not in ("auto", "correlation"):
+        if not _are_groups(self.groups):
             raise ModelError(
                 f"{name}(groups=...): expected 'auto', 'correlation' or groups of latents, got {self.groups!r}."
             )
@@ -91,10 +95,33 @@ class ParticleOptions:
                 raise ModelError(
                     f"{name}({option}=...): expected a whole number of at least 1, got {value!r}."
                 )
-        if not self.tails > 0:
+        for option in ("joint_up_to", "paths_up_to", "enumerate_up_to"):
+            value = getattr(self, option)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ModelError(
+                    f"{name}({option}=...): expected a whole number that is not negative, got {value!r}."
+                )
+        if not (self.q is None or isinstance(self.q, Mapping)):
+            raise ModelError(
+                f"{name}(q=...): expected a mapping from latents to proposals, such as {{'x': 'Gamma'}}, got {self.q!r}."
+            )
+        if not (is_number(self.tails) and self.tails > 0):
             raise ModelError(
                 f"{name}(tails=...): expected a positive number or inf, got {self.tails!r}."
             )
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a number, and not True or False."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _are_groups(groups: object) -> bool:
+    if isinstance(groups, str):
+        return groups in ("auto", "correlation")
+    return isinstance(groups, Sequence) and all(
+        isinstance(g, Sequence) and not isinstance(g, str) for g in groups
+    )
 
 
 def _is_count(value: object) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppl.inference.particles import nested
 from ppl.inference.particles.blocks import Block, Member, transform_of
 from ppl.inference.particles.proposals import Particles
 from ppl.inference.particles.weighting import Weighting, values_of
@@ -122,6 +123,21 @@ def at_plates(
     picked = array[(*every, *index)]
     missing = len(want) - max(i.ndim for i in index)  # leading plates that nothing varies over
     return picked.reshape(*array.shape[:lead], *(1,) * missing, *picked.shape[lead:])
+
+
+def flat_index(
+    weighting: Weighting, block: Block, indices: Mapping[str, Tensor], own: Tensor
+) -> Tensor:
+    """Which of a block's particles an index ``own [n, *plates]`` means: of a nested one, with that of its parents in front.
+
+    ``indices`` are those of all blocks, ``[n, *plates in the order of the graph]``.
+    """
+    parent = nested.parent_of(weighting.blocks, block)
+    if parent is None:
+        return own
+    have = [p for p in weighting.bound.graph.plates if p in parent.plates]
+    above = at_plates(weighting, indices[parent.axis].movedim(0, -1), have, block.plates)
+    return above.movedim(-1, 0) * weighting.sizes[block.axis] + own
 
 
 def draw_index(

@@ -49,6 +49,7 @@ class Rows:
     plate: str
     names: dict[str, str]  # variable -> input with its distinct rows
     arrays: dict[str, tuple[tuple[str, ...], Tensor]]  # input -> axes, values
+    are_paired: bool = False  # rows 2i and 2i + 1 have equal numbers, or the second has none
 
 
 def summands(c: Compiler, item: object, sign: int) -> list[tuple[int, Operand]]:

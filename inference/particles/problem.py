@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,8 +17,13 @@ from ppl.graph import Graph
 from ppl.inference.contract import suggest_groups
 from ppl.inference.particles.blocks import Block, make_blocks, merge_blocks
 from ppl.inference.particles.counts import particle_counts
-from ppl.inference.particles.memory import Largest, default_memory, factor_arrays
-from ppl.inference.particles.options import ParticleOptions
+from ppl.inference.particles.memory import (
+    Largest,
+    default_memory,
+    factor_arrays,
+    keep_freed_memory,
+)
+from ppl.inference.particles.options import CHEAP, ParticleOptions
 from ppl.inference.particles.weighting import (
     ChainSums,
     Weighting,
@@ -28,6 +34,9 @@ from ppl.inference.particles.weighting import (
     make_weighting,
     plan_of,
 )
+
+_MOST = 100_000  # unknown scalars up to which another method is a cheap start
+_ROWS = 5_000  # observed numbers up to which it is
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,18 +85,36 @@ def prepare_particles(
     Raises:
         UnsupportedError: the plan does not fit the memory budget, or an option of ``infer`` is not supported.
     """
+    keep_freed_memory()
     batches = batches_of(bound, settings.minibatch, settings.streams)
+    if not may_start_cheaply(bound, options, settings):  # the prior says too little of whole paths
+        options = replace(options, paths_up_to=0)
     blocks = make_blocks(bound.graph, options)
     restarts = settings.restarts if settings.restarts > 1 else 0
     seen = bound if batches is None else bound.narrowed(batches.part(0).rows)
     sizes = particle_counts(seen, blocks, options, settings)
     try:
         weighting = make_weighting(bound, blocks, sizes, restarts, settings.memory, options.chains)
-    except UnsupportedError:
+    except UnsupportedError as error:
         if not isinstance(options.groups, str):
             raise
-        weighting = _grouped(bound, blocks, sizes, restarts, settings.memory, options.chains)
+        try:
+            weighting = _grouped(bound, blocks, sizes, restarts, settings.memory, options.chains)
+        except UnsupportedError:
+            raise UnsupportedError(f"{error} Sharing of indices was tried.") from None
     return Problem(bound, options, settings, weighting, max_iters)
+
+
+def may_start_cheaply(bound: Bound, options: ParticleOptions, settings: Settings) -> bool:
+    """Whether a run may begin at the result of another method: where it is told to, or where little is lost by trying."""
+    if options.start != "auto":
+        return options.start in CHEAP
+    plain = settings.minibatch is None and not options.q and getattr(options, "bridge", True)
+    if not plain or getattr(options, "distribute", None):
+        return False
+    scalars = sum(math.prod(bound.shape(v)) for v in bound.graph.latents)
+    rows = sum(math.prod(bound.shape(v)) for v in bound.graph.role("observed"))
+    return scalars <= _MOST and rows <= _ROWS
 
 
 def _grouped(
@@ -115,7 +142,7 @@ def _grouped(
 
 
 def describe(bound: Bound, options: ParticleOptions, settings: Settings) -> str:
-    """One line for ``explain``: blocks, particles and the largest array of an iteration.
+    """One line for ``explain``: blocks, particles, the largest array and the operations of an iteration.
 
     Raises:
         UnsupportedError: the plan does not fit the memory budget.
@@ -129,4 +156,5 @@ def describe(bound: Bound, options: ParticleOptions, settings: Settings) -> str:
     axes, elements, size = plan.largest
     most = max([*arrays, Largest("a sum of factors", axes, elements, size)], key=lambda a: a.bytes)
     parts = f", plate {plan.split} in {len(plan.parts)} parts" if plan.split else ""
-    return f"particles of {text}; largest array: {most}{parts}"
+    work = f"about {plan.flops:.1g} operations an iteration"
+    return f"particles of {text}; largest array: {most}{parts}; {work}"

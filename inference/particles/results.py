@@ -38,6 +38,7 @@ from ppl.inference.particles.large import (
 )
 from ppl.inference.particles.memory import point_bytes
 from ppl.inference.particles.options import ParticleOptions
+from ppl.inference.particles.parents import flat_index
 from ppl.inference.particles.problem import Problem
 from ppl.inference.particles.proposals import Particles, Proposal, over_tensors
 from ppl.inference.particles.shards import PartDraws, inner_blocks
@@ -50,6 +51,10 @@ from ppl.streams import Streams
 
 _FEW = 40  # effective particles of all replicates below which the last weights are tempered
 _FEWEST = 5  # of one replicate
+_FINER = (
+    1.25  # factor by which exponents fall where one replicate has enough, and all together have not
+)
+_LEAST = 1e-6  # exponent at which weights count as equal
 _SEARCHED = 30  # scalars up to which draws of the prior say where a mode was missed
 
 
@@ -76,7 +81,8 @@ def posterior(
         problem.options.chains,
     )
     number = replicate_count(
-        problem.options, [counts[b.axis] for b in problem.blocks if not b.enumerated]
+        problem.options,
+        [counts[b.axis] for b in problem.blocks if not (b.enumerated or b.is_nested)],
     )
     number, running = _kept(problem, weighting, number)
     replicates = [_replicate(problem, weighting, chosen, i, running) for i in range(number)]
@@ -85,16 +91,15 @@ def posterior(
         raise NumericalError(
             f"{method}, last weighting: no particle has a finite weight. Run longer, or with more particles."
         )
-    shares = log_z.softmax(0)
+    shares = _shares(replicates)
     marginals = _marginals(weighting, replicates, shares, running)
     if running is None:
         warnings = (*warnings, *_missed(problem, weighting, chosen, log_z))
     diagnostics = _diagnostics(weighting, marginals, agreement, iterations, warnings, running)
     exponents = Exponents()
-    if running is None and _effective(weighting, marginals) < _FEW:
-        exponents, softened = _softened(problem, weighting, chosen, replicates)
-        shares = (exponents.outside * log_z).softmax(0)
-        marginals = _marginals(weighting, softened, shares, None)
+    if running is None and min(_effective(weighting, marginals)) < _FEW:
+        exponents, softened, marginals = _softened(problem, weighting, chosen, replicates)
+        shares = _shares(softened)
         diagnostics = _with_exponents(diagnostics, exponents)
     params = {
         n: param_value(problem.bound.graph.variables[n], p.free) for n, p in chosen.params.items()
@@ -211,15 +216,20 @@ def _missed(
     )
 
 
-def _effective(weighting: Weighting, marginals: Mapping[str, Marginal]) -> float:
-    """Effective particles of all replicates: median over a latent's elements, least over the latents."""
-    sampled = [m for m in marginals.values() if isinstance(m, mg.Weighted)]
-    return min((float((1 / m.weights.square().sum(0)).median()) for m in sampled), default=math.inf)
+def _effective(weighting: Weighting, marginals: Mapping[str, Marginal]) -> tuple[float, float]:
+    """Effective particles of all replicates, outside and within plates: median over a latent's elements, least over latents."""
+    least = {False: math.inf, True: math.inf}
+    within = {n: bool(b.plates) for b in weighting.blocks for n in b.names}
+    for name, m in marginals.items():
+        if isinstance(m, mg.Weighted):
+            ess = float((1 / m.weights.square().sum(0)).median())
+            least[within[name]] = min(least[within[name]], ess)
+    return least[False], least[True]
 
 
 def _softened(
     problem: Problem, weighting: Weighting, q: Approximation, replicates: Sequence[Replicate]
-) -> tuple[Exponents, list[Replicate]]:
+) -> tuple[Exponents, list[Replicate], dict[str, Marginal]]:
     """The same particles under weights that are raised to the largest power that leaves enough of them effective.
 
     A handful of particles says less of the posterior than the proposal does; between the two lies ``q^(1 - b) p^b``, whose
@@ -229,13 +239,28 @@ def _softened(
     fewest = min(weighting.sizes[b.axis] for b in weighting.blocks if not b.enumerated)
     enough = min(max(_FEW / len(replicates), _FEWEST) / fewest, 0.5)
     exponents, _ = largest_exponents(here, Exponents(), enough, may_differ(weighting))
-    made = []
-    for r in replicates:
-        here = evaluated(problem, weighting, r.particles, q)
-        weights = weigh(here, exponents.outside, pairs=(), inner=exponents.within)
-        found = {a: w.detach() for a, w in weights.marginals.items()}
-        made.append(r._replace(marginals=found))
-    return exponents, made
+    while True:  # one replicate says little of the others
+        made = [_reweighed(problem, weighting, q, r, exponents) for r in replicates]
+        marginals = _marginals(weighting, made, _shares(made), None)
+        effective = _effective(weighting, marginals)
+        if min(effective) >= _FEW or exponents.outside < _LEAST:
+            return exponents, made, marginals
+        within = exponents.within / (_FINER if effective[1] < _FEW else 1.0)
+        exponents = Exponents(min(exponents.outside / _FINER, within), within)
+
+
+def _reweighed(
+    problem: Problem, weighting: Weighting, q: Approximation, r: Replicate, exponents: Exponents
+) -> Replicate:
+    here = evaluated(problem, weighting, r.particles, q)
+    weights = weigh(here, exponents.outside, pairs=(), inner=exponents.within)
+    found = {a: w.detach() for a, w in weights.marginals.items()}
+    return r._replace(log_z=weights.log_z.detach(), marginals=found)
+
+
+def _shares(replicates: Sequence[Replicate]) -> Tensor:
+    """What each replicate counts."""
+    return torch.stack([r.log_z for r in replicates]).softmax(0)
 
 
 def _with_exponents(found: Diagnostics, exponents: Exponents) -> Diagnostics:
@@ -422,6 +447,7 @@ def _draw_from(
         index = indices[block.axis]  # [n, *plates in the order of the graph]
         canonical = [p for p in weighting.bound.graph.plates if p in block.plates]
         index = index.permute(0, *(1 + canonical.index(p) for p in block.plates))
+        index = flat_index(weighting, block, indices, index)
         for member in block.members:
             if block.enumerated:
                 drawn[member.name] = index.to(problem.bound.dtype)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from ppl.errors import ModelError, nearest
 from ppl.graph import Graph, Variable
 from ppl.inference.particles.forms import Asked
-from ppl.inference.particles.options import ParticleOptions
+from ppl.inference.particles.options import CHEAP, ParticleOptions
+from ppl.lower import variables_of
 
 if TYPE_CHECKING:
     from ppl.inference.particles.blocks import Member
@@ -58,7 +59,8 @@ def _automatic(
 ) -> list[list[str]]:
     """Merge latents of one context that meet in a factor while the joint Gaussian stays small."""
     groups = [[n] for n in free]
-    for scope in _meetings(graph, options, asked):
+    paths = frozenset(n for n in members if members[n].path)
+    for scope in _meetings(graph, options, asked, paths):
         for a in scope:
             for b in scope:
                 left, right = _find(groups, a), _find(groups, b)
@@ -67,7 +69,9 @@ def _automatic(
                 plates = block_plates(graph, members[left[0]])
                 if plates != block_plates(graph, members[right[0]]):
                     continue
-                if sum(members[n].dims for n in left + right) <= options.joint_limit(plates):
+                both = left + right
+                limit = options.joint_limit(plates, not paths.isdisjoint(both))
+                if sum(members[n].dims for n in both) <= limit:
                     left.extend(right)
                     groups.remove(right)
     return [sorted(g, key=list(members).index) for g in groups]
@@ -81,8 +85,35 @@ def is_enumerable(v: Variable, up_to: int) -> bool:
     )
 
 
+def is_whole_path(graph: Graph, member: Member, options: ParticleOptions) -> bool:
+    """Whether all states of a chain share one particle: one of many short chains of real numbers.
+
+    A chain on its own can afford many particles a state; many chains cannot, and their paths are near Gaussian where a cheap
+    method has said where they are.
+    """
+    chain = graph.factors[member.name].chain
+    assert chain is not None
+    length = graph.plates[chain[0]].size
+    # Where it may not be tempered, a run begins at the prior unless it is told otherwise.
+    starts = CHEAP if not getattr(options, "bridge", True) else ("auto", *CHEAP)
+    if length is None or member.family or options.start not in starts:
+        return False
+    many = set(graph.closure(member.variable.plates)) - {chain[0]}
+    fits = 1 < length and 0 < length * member.dims <= options.paths_up_to
+    return options.joint_chains and bool(many) and fits and not _is_read_later(graph, member.name)
+
+
+def _is_read_later(graph: Graph, name: str) -> bool:
+    """Whether steps of another chain read this one."""
+    others = (f for f in graph.densities if f.chain and f.name != name)
+    return any(name in variables_of(graph, f) for f in others)
+
+
 def _meetings(
-    graph: Graph, options: ParticleOptions, asked: Mapping[str, Asked]
+    graph: Graph,
+    options: ParticleOptions,
+    asked: Mapping[str, Asked],
+    paths: frozenset[str] = frozenset(),
 ) -> list[tuple[str, ...]]:
     """Scopes of the factors, and of all factors around a latent together that is summed out of their product first.
 
@@ -91,7 +122,7 @@ def _meetings(
     """
     scopes = [f.scope for f in graph.densities]
     for v in graph.latents:
-        chain = v.name in graph.factors and graph.factors[v.name].chain
+        chain = v.name in graph.factors and graph.factors[v.name].chain and v.name not in paths
         if chain or (v.name not in asked and is_enumerable(v, options.enumerate_up_to)):
             around = [n for s in scopes if v.name in s for n in s]
             scopes = [*scopes, tuple(dict.fromkeys(around))]

@@ -32,12 +32,13 @@ _PLACES = frozenset("loc logits rate probs mean log_rate".split())  # leaves tha
 _ROUNDS = 30
 _BOLD = 1.9  # of a step of EM, which converges up to twice
 _FAR = 1.0  # largest move of one round, on the unconstrained scale
-_NEAR = 0.05  # of a standard deviation: moves that end the search
+_NEAR = 0.05  # of a standard deviation: moves that end the search, their root mean square
 _KNOWN = 0.05  # share of the curvature, were all else known, that is left at least
 _PROBES = 8
 _DRAWS = 200  # of a round, at most
-_ENTRIES = 10_000_000  # of the arrays of draws of a round
+_ENTRIES = 300_000  # of the arrays of draws of a round
 _LIFTS = (0.0, 2.0)  # of the starts, on the unconstrained scale
+_LEFT = 1e-2  # share of a step that may be missing
 _PRODUCTS = 30  # with the precision, for one step
 
 Fit = Callable[[Bound, Mapping[str, Tensor]], Posterior]
@@ -70,7 +71,7 @@ def _solve(product: Callable[[Tensor], Tensor], right: Tensor, diagonal: Tensor)
     way = near.clone()
     fall = start = left @ near
     for _ in range(_PRODUCTS):
-        if not bool(fall > 1e-8 * start):
+        if not bool(fall > _LEFT**2 * start):
             break
         image = product(way)
         bend = way @ image
@@ -177,7 +178,7 @@ def _climbed(bound: Bound, held: Held, free: Tensor, fit: Fit, streams: Streams)
         begin = {n: posterior.mean(n) for n in posterior.marginals}
         found = score(free, posterior.samples(count, seed=streams.seed))
         move = found.step().clamp(-_FAR, _FAR)
-        if bool(((move * found.known.sqrt()).abs() <= _NEAR).all()):
+        if float((move.square() * found.known).mean()) <= _NEAR**2:
             break
         # Where the curvature is not what it seems, steps go to and fro.
         share = torch.where(move * last < 0, share / 2, (1.5 * share).clamp(max=1.0))

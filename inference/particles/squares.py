@@ -138,7 +138,14 @@ def _pairs(
     middle = _centred(c, parts, setting)
     out: list[Piece] = []
     squared: set[int] = set()
+    states = () if pad is None else _states(parts)
     for i, j in combinations(range(len(parts)), 2):
+        if states and i in states and j not in states:
+            if i == states[0]:
+                three = [*(middle[n] for n in states), middle[j]]
+                out.append(_beside(c, plates, three, spread, j not in squared, pad or ""))
+                squared.add(j)
+            continue
         with_squares = (i not in squared, j not in squared)
         squared |= {i, j}
         two = [middle[i], middle[j]]
@@ -150,6 +157,33 @@ def _pairs(
         operand = Operand(slot, axes, 0)
         out.append(Piece(operand, plates))
     return out
+
+
+def _states(parts: Sequence[Operand]) -> tuple[int, ...]:
+    """Which part reads the state after a step, and which the state before; nothing where one part reads both, or none."""
+    before = [i for i, p in enumerate(parts) if any(a.endswith("'") for a in p.axes)]
+    if len(before) != 1:
+        return ()
+    primed = {a for a in parts[before[0]].axes if a.endswith("'")}
+    after = [i for i, p in enumerate(parts) if {a + "'" for a in p.axes} & primed]
+    return (after[0], before[0]) if len(after) == 1 and after != before else ()
+
+
+def _beside(
+    c: Compiler,
+    plates: tuple[str, ...],
+    three: Sequence[Operand],
+    spread: Operand,
+    with_square: bool,
+    pad: str,
+) -> Piece:
+    """A factor of every state for what its two steps say of it together with the last of three parts."""
+    value, before, part = three
+    before = c.ordered(before._replace(axes=tuple(a.rstrip("'") for a in before.axes)))
+    axes = c.joint_axes([value, before, part, spread])
+    run = partial(sums.moves_beside, axes.index(pad) - len(axes), with_square)
+    placed = [c.spelled_out(o, axes) for o in (value, before, part, spread)]
+    return Piece(Operand(c.emit(run, *placed), axes, 0), plates)
 
 
 def _padded(c: Compiler, part: Operand, plate: str) -> Operand:
@@ -185,3 +219,23 @@ def moves(c: Compiler, factor: Factor, law: Law, setting: Setting) -> list[Piece
         if any(plate not in p.axes for p in parts) or plate in spread.axes:
             return None
         return _pairs(c, factor.plates, parts, spread, setting, pad=plate)
+
+
+def steps(c: Compiler, factor: Factor, law: Law, setting: Setting) -> list[Piece] | None:
+    """All transitions of a chain whose particles are whole paths, summed along it; their laws are Normal."""
+    assert factor.chain is not None
+    plate = factor.chain[0]
+    if type(law.family) is not Normal or c._mask(factor) is not None or plate == setting.apart:
+        return None
+    with c._later(plate):
+        value = c.variable(factor.name, "next", plate)
+        loc, scale = law.arguments
+        if value.event_ndim or event_of(c, loc) or event_of(c, scale):
+            return None
+        spread = c.operand(scale)
+        parts = parts_of(c, [(1, value), *summands(c, loc, -1)], setting)
+        if parts is None or spread.edges or lifts(c, [*parts, spread]):
+            return None
+        if plate in spread.axes and any(is_particle(a, setting) for a in spread.axes):
+            return None
+        return [_normal_sum(c, factor, parts, spread, plate, setting)]

@@ -220,9 +220,9 @@ def _first_joint(
         free = proposals.to_free(block, laid, 1 + len(block.plates))
         mean, sd = (part.expand(*shape, -1).clone() for part in robust_moments(free))
     mean, sd = _asked_start(block, mean, sd)
-    full = 0 < block.dims <= problem.options.joint_limit(block.plates) or _asked_joint(
-        problem, block
-    )
+    has_path = any(m.path for m in block.members)
+    limit = problem.options.joint_limit(block.plates, has_path)
+    full = 0 < block.dims <= limit or _asked_joint(problem, block)
     full = full or isinstance(block.form, LinearGaussian)
     cov = torch.diag_embed(sd.square()) if full else sd.square()
     if full and problem.options.start in CHEAP:

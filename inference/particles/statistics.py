@@ -22,7 +22,7 @@ from ppl.distributions import Normal
 from ppl.graph import Factor
 from ppl.inference.particles.copies import coin, counted, is_coin
 from ppl.inference.particles.parts import Piece, Setting
-from ppl.inference.particles.squares import moves, normal
+from ppl.inference.particles.squares import moves, normal, steps
 from ppl.lower import Compiler, variables_of
 
 __all__ = ["Piece", "Setting", "pieces"]
@@ -34,7 +34,13 @@ def pieces(c: Compiler, factor: Factor, later: bool, setting: Setting) -> list[P
     if law is None or c.rules != "all" or is_foreign(law.family) or factor.kind != "conditional":
         return None
     if factor.chain is not None:
-        return moves(c, factor, law, setting) if later else None
+        if not later:
+            return None
+        return (
+            steps(c, factor, law, setting)
+            if factor.name in c.paths
+            else moves(c, factor, law, setting)
+        )
     plate = _closed_plate(c, factor, setting)
     if type(law.family) is Normal:
         return normal(c, factor, law, plate, setting)

@@ -16,6 +16,10 @@ from torch.nn.functional import logsigmoid
 from ppl.inference.logspace import wide
 
 _CACHE_ELEMENTS = 1 << 17  # entries of an array that stays in a core's cache
+_FEW_ROWS, _PADDED = (
+    8,
+    1.25,
+)  # rows of a cell, and how many times as many places, from which on pairs pay
 HALF_LOG_2PI = 0.9189385332046727
 
 
@@ -109,17 +113,21 @@ def _beside(x: Tensor, count: int) -> Tensor:
     return x.reshape(*x.shape, *(1,) * count)
 
 
-def log_partition(batch: int, count: Tensor, left: Tensor, right: Tensor | None) -> Tensor:
+def log_partition(
+    batch: int, count: Tensor, left: Tensor, right: Tensor | None, are_paired: bool = False
+) -> Tensor:
     """Sum over rows of ``count log(1 + exp(left + right))``: what the Bernoulli laws of all rows divide by.
 
     As ``log1p(exp(left) exp(right))`` where that cannot overflow: one transcendental function for each
-    combination, none for the exponentials. A few rows at a time, so that everything runs in the cache.
+    combination, none for the exponentials; one for two rows that stand in pairs, from the product of what they are
+    taken of. A few rows at a time, so that everything runs in the cache.
 
     Args:
         batch: number of batch axes.
         count: ``[*batch, rows]``, copies of each row.
         left: ``[*batch, rows, *own]``.
         right: likewise; None for zero.
+        are_paired: whether rows stand as :func:`in_pairs` puts them.
 
     Returns:
         ``[*batch, *own of left, *own of right]``.
@@ -127,22 +135,25 @@ def log_partition(batch: int, count: Tensor, left: Tensor, right: Tensor | None)
     >>> log_partition(0, torch.tensor([2.0]), torch.zeros(1, 1), torch.zeros(1, 3))
     tensor([[1.3863, 1.3863, 1.3863]])
     """
+    if right is None and left.shape[batch] == 1:
+        return _beside(count.sum(-1), left.ndim - batch - 1) * _log1pexp(left.squeeze(batch))
     parts = [left] if right is None else [left, right]
     lead = _shape(count.shape, *(p.shape[: batch + 1] for p in parts))
     owns = [n for p in parts for n in p.shape[batch + 1 :]]
     cells, rows = math.prod(lead[:-1]), lead[-1]
     weights = count.expand(lead).reshape(cells, 1, rows)
     flat = [_flat(p, lead, batch) for p in parts]
-    is_safe = right is not None and _is_safe(left, right)
+    is_safe = right is not None and _is_safe(left, right, 1 + are_paired)
     if is_safe:
         flat = [f.exp() for f in flat]
-    sizes = [f.shape[-1] for f in flat]
-    size = math.prod(sizes)
+    if is_safe and are_paired and left.shape[batch] == rows:
+        weights, flat = weights[..., ::2], _halves(flat, weights)
+    size = math.prod(f.shape[-1] for f in flat[:2])
     made = []
     step = max(1, _CACHE_ELEMENTS // max(1, rows * size))
     for start in range(0, cells, step):
         here = slice(start, start + step)
-        made.append(_part_of_cells(weights[here], [f[here] for f in flat], is_safe, size))
+        made.append(_part_of_cells(weights[here], [f[here] for f in flat], is_safe))
     total = made[0] if len(made) == 1 else torch.cat(made)
     return total.reshape(*lead[:-1], *owns)
 
@@ -154,25 +165,34 @@ def _flat(part: Tensor, lead: tuple[int, ...], batch: int) -> Tensor:
     return spread.reshape(math.prod(lead[:-1]), rows, -1)
 
 
-def _is_safe(left: Tensor, right: Tensor) -> bool:
-    """Whether ``exp(left)``, ``exp(right)`` and their product are finite and none of them is lost."""
-    limit = 0.45 * math.log(torch.finfo(left.dtype).max)
+def _halves(flat: list[Tensor], weights: Tensor) -> list[Tensor]:
+    """The sides with the rows of a pair apart: those of the left side, zero where no row is, then the right side twice."""
+    left, right = flat
+    left = left * (weights > 0).mT
+    halves = [right, right] if right.shape[1] == 1 else [right[:, ::2], right[:, 1::2]]
+    return [left[:, ::2], halves[0], left[:, 1::2], halves[1]]
+
+
+def _log1pexp(x: Tensor) -> Tensor:
+    """``log(1 + exp(x))``."""
+    return -logsigmoid(-x)
+
+
+def _is_safe(left: Tensor, right: Tensor, factors: int) -> bool:
+    """Whether ``exp(left)``, ``exp(right)`` and the product of so many pairs of them are finite and none of them is lost."""
+    limit = 0.45 * math.log(torch.finfo(left.dtype).max) / factors
     return bool(torch.stack((left.abs().amax(), right.abs().amax())).amax() < limit)
 
 
-def _part_of_cells(weights: Tensor, parts: list[Tensor], is_safe: bool, size: int) -> Tensor:
+def _part_of_cells(weights: Tensor, parts: list[Tensor], is_safe: bool) -> Tensor:
     """``[cells, size]``; the rows in turns where one cell alone is larger than the cache."""
-    rows = weights.shape[-1]
+    rows, size = weights.shape[-1], math.prod(p.shape[-1] for p in parts[:2])
     step = max(1, _CACHE_ELEMENTS // size)
     total: Tensor | None = None
     for start in range(0, rows, step):
         here = slice(start, start + step)
         some = [p if p.shape[1] == 1 else p[:, here] for p in parts]
-        joint = some[0]
-        if len(some) == 2:
-            left, right = some[0].unsqueeze(-1), some[1].unsqueeze(-2)
-            joint = (left * right if is_safe else left + right).flatten(-2)
-        made = joint.log1p() if is_safe else -logsigmoid(-joint)
+        made = _log_terms(some, is_safe)
         if made.shape[1] == 1:
             new = (weights[..., here].sum(-1, keepdim=True) * made).squeeze(1)
         else:
@@ -182,12 +202,63 @@ def _part_of_cells(weights: Tensor, parts: list[Tensor], is_safe: bool, size: in
     return total
 
 
-def bernoulli_sum(batch: int, varying: int, ones: Tensor, count: Tensor, *parts: Tensor) -> Tensor:
+def _log_terms(parts: list[Tensor], is_safe: bool) -> Tensor:
+    """``log(1 + exp(left + right))`` of all combinations ``[cells, rows, size]``, added up for the two rows of a pair."""
+    if len(parts) == 1:
+        return _log1pexp(parts[0])
+    sides = list(zip(parts[::2], parts[1::2], strict=True))
+    if not is_safe:
+        ((left, right),) = sides
+        return _log1pexp((left.unsqueeze(-1) + right.unsqueeze(-2)).flatten(-2))
+    joint = [(a.unsqueeze(-1) * b.unsqueeze(-2)).flatten(-2) for a, b in sides]
+    if joint[0].requires_grad:
+        total = joint[0] if len(joint) == 1 else torch.addcmul(joint[0] + joint[1], *joint)
+        return total.log1p()
+    if len(joint) == 1:
+        return joint[0].log1p_()
+    both = joint[0] * joint[1]
+    return both.add_(joint[0]).add_(joint[1]).log1p_()
+
+
+def in_pairs(count: Tensor) -> Tensor | None:
+    """An order of the rows of each cell in which those with equal numbers stand two and two.
+
+    Args:
+        count: ``[cells, rows]``, the number of copies of each row; zero for none.
+
+    Returns:
+        ``[cells, places]`` rows, -1 for no row: at an odd place one with the number of the row before it, or none.
+        None where few rows are alike.
+
+    >>> in_pairs(torch.tensor([[2.0, 1.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0]]))
+    tensor([[0, 2, 1, 3, 4, 5, 6, 7]])
+    """
+    cells, rows = count.shape
+    number, row = count.sort(dim=-1, descending=True, stable=True)
+    is_new = torch.ones_like(number, dtype=torch.bool)
+    is_new[:, 1:] = number[:, 1:] != number[:, :-1]
+    at = torch.arange(rows, device=count.device).expand(cells, rows)
+    begin = torch.where(is_new, at, 0).cummax(-1).values
+    is_odd = is_new.roll(-1, -1) & ((at - begin) % 2 == 0)  # the last of an odd number of rows
+    is_odd[:, -1] = False
+    place = at + is_odd.cumsum(-1) - is_odd.long()
+    places = int(place[number > 0].max()) + 1 if bool((number > 0).any()) else 0
+    places += places % 2
+    if rows < _FEW_ROWS or places > _PADDED * rows:
+        return None
+    order = torch.full((cells, places + 1), -1, device=count.device)
+    return order.scatter_(1, place.clamp(max=places), row)[:, :places]
+
+
+def bernoulli_sum(
+    batch: int, varying: int, are_paired: bool, ones: Tensor, count: Tensor, *parts: Tensor
+) -> Tensor:
     """Sum over rows of ``y x - log(1 + exp(x))``, ``x`` the sum of the parts.
 
     Args:
         batch: number of batch axes.
         varying: number of parts, in front, that stand on one side of :func:`log_partition`.
+        are_paired: whether rows stand as :func:`in_pairs` puts them.
         ones: ``[*batch, rows]``, the number of ones among the copies of each row.
         count: ``[*batch, rows]``, copies.
         *parts: ``[*batch, rows or 1, *own]``.
@@ -198,7 +269,7 @@ def bernoulli_sum(batch: int, varying: int, ones: Tensor, count: Tensor, *parts:
     sides = [_outer_sum(batch, parts[:varying]), _outer_sum(batch, parts[varying:])]
     left, right = sides
     assert left is not None
-    total = log_partition(batch, count, left, right).neg_()
+    total = log_partition(batch, count, left, right, are_paired).neg_()
     done, own = 0, total.ndim - batch
     for part in parts:
         line = linear_part(batch, ones, part)
@@ -249,11 +320,69 @@ def pair(
         for x, wanted in zip((left, right), with_squares, strict=True)
         if wanted
     ]
-    terms = sorted([*terms, rest], key=lambda x: -x.numel())
-    out = torch.addcmul(terms[0], first * precision, second, value=-1)
-    for term in terms[1:]:
-        out = out + term if out.requires_grad or out.numel() < _CACHE_ELEMENTS else out.add_(term)
+    return products([(first * -precision, second)], [*terms, rest])
+
+
+def products(factors: Sequence[tuple[Tensor, Tensor]], terms: Sequence[Tensor]) -> Tensor:
+    """The sum of some products and terms; a large one is made a few rows at a time, so that all passes run in the cache.
+
+    Args:
+        factors: pairs of tensors of as many dimensions.
+        terms: tensors, likewise, or of fewer dimensions.
+
+    >>> products([(torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 4.0]]))], [torch.tensor(1.0)])
+    tensor([[4., 5.],
+            [7., 9.]])
+    """
+    given = [*(x for pair in factors for x in pair), *terms]
+    shape = _shape(*(x.shape for x in given))
+    if math.prod(shape) < _CACHE_ELEMENTS or any(x.requires_grad for x in given):
+        by_size = sorted(terms, key=torch.Tensor.numel)
+        total = sum(by_size[1:], by_size[0]) if terms else given[0].new_zeros(())
+        for a, b in factors:
+            total = torch.addcmul(total, a, b)
+        return total
+    out = given[0].new_empty(shape)
+    size = max(1, _CACHE_ELEMENTS * shape[0] // (4 * math.prod(shape)))
+    for start in range(0, shape[0], size):
+        rows = out[start : start + size]
+
+        def part(x: Tensor, start: int = start) -> Tensor:
+            whole = x.ndim == len(shape) and x.shape[0] > 1
+            return x[start : start + size] if whole else x
+
+        (first, second), *rest = factors
+        torch.mul(part(first), part(second).expand_as(rows), out=rows)
+        for a, b in rest:
+            rows.add_(part(a) * part(b))
+        for term in terms:
+            rows.add_(part(term))
     return out
+
+
+def moves_beside(
+    at: int, square: bool, value: Tensor, before: Tensor, part: Tensor, scale: Tensor
+) -> Tensor:
+    """What the products of a part of a chain's steps with the states before and after them say of each state.
+
+    The state at time t meets the part of the step to it, and that of the step from it.
+
+    Args:
+        at: the dimension of time, from the end; of size ``T - 1`` in all but ``scale``.
+        square: whether the square of the part is said, too.
+        value: the part that reads the state after a step.
+        before: the part that reads the state before it.
+        part: another one.
+        scale: of the steps.
+
+    Returns:
+        ``T`` times: the share in the log-densities of the Normal steps.
+    """
+    precision = scale.pow(-2)
+    minus = part * -precision
+    terms = [zero_first(at, 0.5 * (minus * part))] if square else []
+    to, off = (zero_first(at, x) for x in (value, minus))
+    return products([(to, off), (zero_last(at, before), zero_last(at, minus))], terms)
 
 
 def distinct_rows(cells: int, rows: int, keyed: Sequence[Tensor]) -> tuple[Tensor, Tensor, int]:
@@ -301,6 +430,15 @@ def _placed(cells: int, cell: Tensor, kind: Tensor) -> tuple[Tensor, Tensor, int
 
 def zero_first(at: int, x: Tensor) -> Tensor:
     """A zero in front along one axis."""
+    return torch.cat([_zero(at, x), x], at)
+
+
+def zero_last(at: int, x: Tensor) -> Tensor:
+    """A zero at the end of one axis."""
+    return torch.cat([x, _zero(at, x)], at)
+
+
+def _zero(at: int, x: Tensor) -> Tensor:
     shape = list(x.shape)
     shape[at] = 1
-    return torch.cat([x.new_zeros(shape), x], at)
+    return x.new_zeros(shape)

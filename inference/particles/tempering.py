@@ -6,8 +6,10 @@ of mean-field inference, which is too narrow; so plates are tempered for their o
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
+from ppl.inference.particles import nested
 from ppl.inference.particles.estep import Evaluated, Weights, weigh
 from ppl.inference.particles.shards import inner_blocks
 from ppl.inference.particles.weighting import Weighting
@@ -24,7 +26,7 @@ class Exponents(NamedTuple):
 
 def may_differ(weighting: Weighting) -> bool:
     """Whether weights within plates may have an exponent of their own."""
-    along = any(b.chain and b.plates == (b.chain,) for b in weighting.blocks)
+    along = any(b.chain and b.plates == (b.chain,) and not b.enumerated for b in weighting.blocks)
     return weighting.plan.split is None and weighting.share is None and not along
 
 
@@ -35,22 +37,28 @@ def largest_exponents(
 
     Args:
         here: particles and log-densities.
-        first: where the search begins; it goes down by halves.
+        first: where the search begins; it goes down by halves, near the end by their roots.
         enough: least effective share, see :func:`effective_shares`.
         apart: whether the exponent within plates may be larger than the one outside.
     """
     outside, within = first
     while True:
         within = within if apart else outside
-        weights = weigh(here, outside, inner=within)
+        weights = weigh(here, outside, inner=within, enumerated=False)
         shares = effective_shares(here.weighting, weights)
         if min(shares) >= enough or outside < _NONE:
             return Exponents(outside, within), weights
         if apart and shares[1] < enough:
-            within = within / 2
+            within = _lower(within, shares[1], enough)
             outside = min(outside, within)
         else:
-            outside = outside / 2
+            outside = _lower(outside, min(shares), enough)
+
+
+def _lower(exponent: float, share: float, enough: float) -> float:
+    """A power of the root of 2 below an exponent that leaves too small an effective share; by a root where it is near."""
+    roots = round(2 * math.log2(exponent)) - (2 if share < enough / 2 else 1)
+    return 2.0 ** (roots / 2)  # half of them exact, so that doubling leads to 1
 
 
 def effective_share(weighting: Weighting, weights: Weights) -> float:
@@ -71,6 +79,9 @@ def effective_shares(weighting: Weighting, weights: Weights) -> tuple[float, flo
         w = weights.marginals[block.axis]
         k = w.shape[-1]
         ess = 1.0 / w.square().sum(-1)
-        share = float(((ess - 1) / max(k - 1, 1)).median()) if bool(w.isfinite().all()) else 0.0
+        each = (ess - 1) / max(k - 1, 1)
+        if block.is_nested:
+            each = nested.share(w, weighting.sizes[block.axis])
+        share = float(each.median()) if bool(w.isfinite().all()) else 0.0
         least[bool(block.plates)] = min(least[bool(block.plates)], share)
     return least[False], least[True]

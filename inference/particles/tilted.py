@@ -38,6 +38,8 @@ def draw_prior(
     others: Others, block: Block, state: Proposal, k: int, streams: Streams, tails: float
 ) -> Particles:
     """Draw each member from its law at one combination of parent particles; the density is the mean over all."""
+    if block.is_nested:
+        return _draw_nested(others, block, state, k, streams)
     index = others.maps(block, others.parents(block), k, streams)
     arrays, values = dict(others.arrays), {}
     grid: Tensor | float = 0.0
@@ -62,6 +64,8 @@ def draw(
     others: Others, block: Block, state: Proposal, k: int, streams: Streams, tails: float
 ) -> Particles:
     """The same from the tilted laws."""
+    if block.is_nested:
+        return _draw_nested(others, block, state, k, streams)
     index = others.maps(block, others.parents(block), k, streams)
     values: dict[str, Tensor] = {}
     grid: Tensor | float = 0.0
@@ -85,6 +89,40 @@ def draw(
         grid = grid + log.reshape(*log.shape[: at + 2], -1).sum(-1)
     assert isinstance(grid, Tensor)
     return Particles(values, _mean_over(grid), None)
+
+
+def _draw_nested(
+    others: Others, block: Block, state: Proposal, k: int, streams: Streams
+) -> Particles:
+    """Draw ``k`` particles given each combination of parent particles, each with its density there."""
+    at = len(others.weighting.block_shape(block)) + 1
+    values: dict[str, Tensor] = {}
+    log_q: Tensor | float = 0.0
+    for member in block.members:
+        law = others.weighting.laws[member.name].at(others.arrays)
+        if state.families:
+            law = _tilted_law(others, member.name, state.families[member.name][0])
+        here = law.replace([leaf.value.unsqueeze(at) for leaf in law.leaves()])
+        event = member.variable.event_shape
+        shape = list(here.leaves()[0].value.shape[: at - 1])
+        combinations = here.leaves()[0].value.shape[at - 1]
+        batch = (*shape, combinations, k, *event[: len(event) - here.event_dim])
+        value = here.sample(batch, generator=streams.of(member.name))
+        log = here.log_prob(value)
+        value = value.to(others.weighting.bound.dtype)
+        values[member.name] = value.reshape(*batch[: at + 1], *event).flatten(at - 1, at)
+        log_q = log_q + log.reshape(*log.shape[: at + 1], -1).sum(-1).flatten(-2)
+    assert isinstance(log_q, Tensor)
+    return Particles(values, log_q, None)
+
+
+def _tilted_law(others: Others, name: str, tilt: Tensor) -> distributions.Distribution:
+    """The tilted law at every combination of parent particles."""
+    family, natural, fixed = _natural(others.weighting.laws[name], others.arrays)
+    eta = tilted(family, natural, tilt.unsqueeze(len(others.weighting.laws[name].shape)))
+    standard = family.standard_from_natural(_split(family, eta), **fixed)
+    held = {n: v for n, v in fixed.items() if n != "categories"}
+    return getattr(distributions, family.name)(**{n: standard[n] for n in family.params}, **held)
 
 
 def start(law: LoweredLaw, bound: Bound) -> tuple[Tensor]:

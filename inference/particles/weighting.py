@@ -22,6 +22,7 @@ from ppl.inference.contract import (
     PlateSpec,
     make_plan,
 )
+from ppl.inference.particles import nested
 from ppl.inference.particles.blocks import RESTART, Block, check_order
 from ppl.inference.particles.laws import LoweredLaw, lower_laws
 from ppl.inference.particles.memory import (
@@ -85,6 +86,12 @@ class Weighting:
             order = [*range(start), *plates, start + len(plates)]
             orders[b.axis] = None if order == sorted(order) else order
         return orders
+
+    @cached_property
+    def lies_within(self) -> list[bool]:
+        """By term: whether it is summed within plates, as what is said of a chain's first state is, too."""
+        inner = {b.axis for b in self.blocks if b.plates}
+        return [bool(t.plates) or not inner.isdisjoint(t.axes) for t in self.terms]
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -185,7 +192,8 @@ def variable_axes(
             if block.enumerated:
                 axes[member.name] = (block.axis,)
             else:
-                axes[member.name] = (*lead, *block.plates, block.axis, *member.collapsed)
+                own = nested.axes_of(blocks, block)
+                axes[member.name] = (*lead, *block.plates, *own, *member.collapsed)
     return axes
 
 
@@ -250,7 +258,9 @@ def lower(
     order = (*lead, *behind)
 
     def compiler() -> Compiler:
-        return Compiler(graph, axes, order, dtype=dtype, device=device, masks=masks)
+        made = Compiler(graph, axes, order, dtype=dtype, device=device, masks=masks)
+        made.paths = frozenset(m.name for b in blocks for m in b.members if m.path)
+        return made
 
     owners = {b.axis: b.plates for b in blocks}
     all_sizes = {**sizes, **{n: p.size for n, p in plates.items()}, RESTART: max(restarts, 1)}
@@ -268,7 +278,7 @@ def lower(
     for b in blocks:
         if not b.enumerated:
             own = tuple(p for p in graph.plates if p in b.plates)
-            terms.append(Term(b.axis, (*lead, *own, b.axis), b.plates))
+            terms.append(Term(b.axis, (*lead, *own, *nested.axes_of(blocks, b)), b.plates))
     layout = Layout(
         plates=plates,
         sizes={**sizes, **({RESTART: restarts} if restarts else {})},
@@ -329,12 +339,13 @@ def _output(graph: Graph, compiler: Compiler, factor: Factor, later: bool) -> Op
         return compiler.density(factor)
     assert factor.chain is not None
     out = compiler.transition(factor)
-    # An observed chain has no particles to contract along: its transitions add up.
-    return compiler.total(out, factor.chain[0]) if _is_observed(graph, factor) else out
+    # Without particles of its states a chain has nothing to contract along: its transitions add up.
+    return compiler.total(out, factor.chain[0]) if _adds_up(graph, compiler, factor) else out
 
 
-def _is_observed(graph: Graph, factor: Factor) -> bool:
-    return graph.variables[factor.name].role == "observed"
+def _adds_up(graph: Graph, compiler: Compiler, factor: Factor) -> bool:
+    """Whether a chain is observed, or its particles are whole paths."""
+    return graph.variables[factor.name].role == "observed" or factor.name in compiler.paths
 
 
 def _pieces(
@@ -345,7 +356,7 @@ def _pieces(
     if made is not None:
         return made
     plates = factor.plates
-    if factor.chain and (not later or _is_observed(graph, factor)):
+    if factor.chain and (not later or _adds_up(graph, compiler, factor)):
         plates = tuple(p for p in plates if p != factor.chain[0])
     return [Piece(_output(graph, compiler, factor, later), plates)]
 

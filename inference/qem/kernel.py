@@ -28,7 +28,7 @@ from ppl.inference.particles.proposals import Particles, Proposal
 from ppl.inference.particles.shards import PartDraws, average_in_parts, inner_blocks
 from ppl.inference.particles.tempering import (
     Exponents,
-    effective_share,
+    effective_shares,
     largest_exponents,
     may_differ,
 )
@@ -37,12 +37,13 @@ from ppl.inference.qem.options import QEM
 from ppl.posterior import Posterior
 
 _ITERATIONS = 500
-_ENOUGH = (
-    0.2  # share of the particles that the effective sample size must reach while the bridge is down
-)
+_ENOUGH = 0.12  # share of the particles that the effective sample size must reach while the bridge is down
 _MANY = 1_000  # elements of a plate above which the bridge starts below 1
 _WATCHED = 100_000  # entries of a tensor that the stop rule looks at
-STRIDE = 0.4  # step while the bridge is down
+_STRIDE = 0.8  # step while the bridge is down
+_FIRM = 0.25  # share from which an iteration on the posterior itself counts
+_CALM = 0.4  # effective share within plates from which the step there falls
+_FOLLOWING = 0.1  # least step within plates while it is
 _SMOOTH = 0.1  # share of an iteration's exponent in their average
 _RISE = 1.5  # factor by which the average must grow to count as a rise
 _PATIENCE = 12  # iterations without a rise after which the exponent counts as settled
@@ -61,6 +62,7 @@ class State(NamedTuple):
     level: float = 0.0  # average exponent of the last iterations
     peak: float = 0.0  # the same when it rose last
     risen: int = 0  # iteration of that
+    calm: int = 0  # iterations whose weights within plates were the posterior's own, and many of them effective
 
 
 def prepare(bound: Bound, options: QEM, settings: Settings) -> Problem:
@@ -92,18 +94,25 @@ def step(problem: Problem, state: State, batch: Any = None) -> tuple[State, Info
     particles = draw_in_parts(weighting, state.q, problem.settings.streams)
     here = evaluated(problem, weighting, particles, state.q)
     bridge, inner, weights = cross(problem, state, here, may_differ(weighting))
-    averaged = _averaged(problem, state, particles, here.arrays, weights, bridge)
+    shares = effective_shares(weighting, weights)
+    firm = state.crossed > 0 or min(shares) >= _FIRM
+    stays = bridge == 1.0 and (firm or not problem.options.bridge)
+    calm = inner == 1.0 and shares[1] >= _CALM
+    steps = _steps(problem, state, stays, calm)
+    follows = not (stays or state.crossed)
+    averaged = _averaged(problem, state, particles, here.arrays, weights, steps, follows)
     params = state.q.params
     if params:
         params = learn(problem, params, here, state.iteration + 1)
-    crossed = state.crossed + (bridge == 1.0)
+    crossed = state.crossed + stays
     if crossed > 1 and bridge == 1.0 and problem.options.bridge and averaged:
-        bridge, crossed = _kept(effective_share(weighting, weights), crossed)
+        bridge, crossed = _kept(min(shares), crossed)
     q = Approximation(averaged, params)
     level = state.level + _SMOOTH * (bridge - state.level)
     rises = level > _RISE * state.peak
     peak, risen = (level, state.iteration) if rises else (state.peak, state.risen)
-    new = State(q, bridge, crossed, state.iteration + 1, inner, level, peak, risen)
+    count = state.calm + calm
+    new = State(q, bridge, crossed, state.iteration + 1, inner, level, peak, risen, count)
     return new, info(_common(problem, new), weights)
 
 
@@ -128,34 +137,55 @@ def _averaged(
     particles: Mapping[str, Particles],
     arrays: Mapping[str, Tensor],
     weights: Weights,
-    bridge: float,
+    steps: tuple[float, float],
+    follows: bool,
 ) -> dict[str, Proposal]:
-    """The M-step: new moments averaged into every proposal."""
-    options = problem.options
-    share = _stride(state)
-    if bridge == 1.0 or state.crossed:  # one lucky crossing does not undo what has been averaged
-        asked = options.step_at(state.crossed)
-        share = min(asked, share) if options.step == "schedule" else asked
+    """The M-step: new moments averaged into every proposal, with these steps outside and within plates."""
+    weighting, corrected = problem.weighting, problem.options.variance_correction
 
     def update(block: Block, before: Proposal, drawn: Particles, w: Tensor) -> Proposal:
-        return moments.update(block, before, drawn, w, share, options.variance_correction)
+        return moments.update(
+            block, before, drawn, w, steps[bool(block.plates)], corrected, follows
+        )
 
     if isinstance(particles, PartDraws):
         return average_in_parts(particles, state.q, weights.marginals, update)
-    return update_all(
-        problem.weighting,
-        state.q.proposals,
-        particles,
-        arrays,
-        weights,
-        share,
-        options.variance_correction,
-    )
+    found: dict[str, Proposal] = {}
+    for within, step in enumerate(steps):
+        blocks = [b for b in weighting.blocks if bool(b.plates) == within]
+        found |= update_all(
+            weighting,
+            state.q.proposals,
+            particles,
+            arrays,
+            weights,
+            step,
+            corrected,
+            blocks,
+            follows,
+        )
+    return {axis: found[axis] for axis in state.q.proposals}  # a checkpoint keeps the order
+
+
+def _steps(problem: Problem, state: State, stays: bool, calm: bool) -> tuple[float, float]:
+    """Shares of the new moments outside and within plates.
+
+    Where the weights within plates are the posterior's own already, noise of their many proposals adds up in what they say of the
+    rest, so their averages begin to settle; they still follow the rest.
+    """
+    options, share = problem.options, _stride(state)
+    if stays or state.crossed:  # one lucky crossing does not undo what has been averaged
+        asked = options.step_at(state.crossed)
+        share = min(asked, share) if options.step == "schedule" else asked
+        return share, share
+    if not calm:
+        return share, share
+    return share, min(share, max(options.step_at(state.calm), _FOLLOWING))
 
 
 def _stride(state: State) -> float:
     """Step while the weights are tempered; once their exponent no longer rises it falls, so that averages settle."""
-    return STRIDE * (1 + (state.iteration - state.risen) / _PATIENCE) ** -0.6
+    return _STRIDE * (1 + (state.iteration - state.risen) / _PATIENCE) ** -0.6
 
 
 def cross(
@@ -167,7 +197,7 @@ def cross(
     """
     passed = state.crossed > 0 and state.bridge == 1.0
     if not problem.options.bridge or not here.particles or passed:
-        return 1.0, 1.0, weigh(here, last=True)
+        return 1.0, 1.0, weigh(here, last=True, enumerated=False)
     within = min(1.0, state.inner * 2) if apart else 1.0
     first = Exponents(min(within, state.bridge * 2), within)
     exponents, weights = largest_exponents(here, first, _ENOUGH, apart)

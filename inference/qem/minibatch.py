@@ -49,6 +49,7 @@ _VISITS = 12  # of every part before the run may stop
 _EPOCHS = 100
 _RIDGE = 0.3  # of the regression, in units of coefficients per effective particle
 _LEAST = 0.1  # share of a new fit in a site
+_STRIDE = 0.4  # step while the weights are tempered
 
 
 class Sites(NamedTuple):
@@ -376,7 +377,7 @@ def _averaged(
     outer = {b.axis for b in _outer(weighting, batch.plate)}
     found: dict[str, Proposal] = {}
     for inside, count in ((False, state.crossed), (True, seen)):
-        share = problem.options.step_at(count) if bridge == 1.0 else kernel.STRIDE
+        share = problem.options.step_at(count) if bridge == 1.0 else _STRIDE
         found |= update_all(
             weighting,
             q.proposals,

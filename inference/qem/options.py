@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ppl.errors import ModelError
-from ppl.inference.particles.options import ParticleOptions, Start
+from ppl.inference.particles.options import ParticleOptions, Start, is_number
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class QEM(ParticleOptions):
         variance_correction: divide variances by ``1 - sum(w^2)``; helps with few particles, hurts elsewhere.
         distribute: a plate whose elements are spread over the processes of ``torch.distributed``, started by torchrun.
         **others: those of :class:`ParticleOptions`: ``particles``, ``groups``, ``q``, ``start``, ``joint_up_to``,
-            ``enumerate_up_to``, ``final_particles``, ``tails``, ``replicates``, ``chains``.
+            ``paths_up_to``, ``enumerate_up_to``, ``final_particles``, ``tails``, ``replicates``, ``chains``.
 
     Source: [Heap2025]; the bridge and joint blocks are additions.
     """
@@ -32,13 +32,21 @@ class QEM(ParticleOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = callable(self.step) or isinstance(self.step, (int, float))
+        known = callable(self.step) or is_number(self.step)
         if not known and self.step != "schedule":
             raise ModelError(
                 f"QEM(step=...): expected 'schedule', a number in (0, 1] or a function, got {self.step!r}."
             )
         if isinstance(self.step, (int, float)) and not 0 < self.step <= 1:
             raise ModelError(f"QEM(step=...): a constant step lies in (0, 1], got {self.step!r}.")
+        for option in ("bridge", "variance_correction"):
+            value = getattr(self, option)
+            if not isinstance(value, bool):
+                raise ModelError(f"QEM({option}=...): expected True or False, got {value!r}.")
+        if not (self.distribute is None or isinstance(self.distribute, str)):
+            raise ModelError(
+                f"QEM(distribute=...): expected the name of a plate, got {self.distribute!r}."
+            )
 
     def step_at(self, t: int) -> float:
         """Share of the new moments at iteration ``t`` = 0, 1, ... since the bridge was crossed.
@@ -50,7 +58,12 @@ class QEM(ParticleOptions):
         [0.3, 0.205, 0.016]
         """
         if callable(self.step):
-            return float(self.step(t))
+            asked = float(self.step(t))
+            if not 0 < asked <= 1:
+                raise ModelError(
+                    f"QEM(step=...): a step lies in (0, 1], the function gave {asked!r} at {t}."
+                )
+            return asked
         if isinstance(self.step, str):
             return min(max((t + 4.0) ** -0.6, 0.01), 0.3)
         return float(self.step)

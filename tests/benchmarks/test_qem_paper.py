@@ -114,6 +114,32 @@ def test_the_command_leaves_tables_and_figures(tmp_path, monkeypatch, capsys):
     assert '"question": "qem_paper"' in capsys.readouterr().out
 
 
+def test_runs_that_are_kept_are_not_made_again(tmp_path, monkeypatch, capsys):
+    main = importlib.import_module("benchmarks.qem_paper.__main__")
+    monkeypatch.setitem(EXPERIMENTS, "radon_counties", SMALL)
+    kept = tmp_path / "runs.jsonl"
+    command = ["--only", "radon_counties", "--seeds", "1", "--iterations", "9", "--particles", "3"]
+    command += ["--every", "4", "--timed", "5", "--methods", "qem", "--keep", str(kept)]
+    main.main([*command, "--output", str(tmp_path / "late"), "--minutes", "1e-9"])
+    assert "skipped: radon_counties by qem, seed 0: time is up" in capsys.readouterr().out
+    assert not kept.exists() and not list((tmp_path / "late").glob("*.md"))
+    main.main([*command, "--output", str(tmp_path / "first")])
+    lines = kept.read_text()
+    monkeypatch.setattr("benchmarks.qem_paper.store.run", None)
+    main.main([*command, "--output", str(tmp_path / "again"), "--minutes", "1e-9"])
+    tables = [(tmp_path / place / "qem_paper.md").read_text() for place in ("first", "again")]
+    assert tables[0] == tables[1]
+    assert kept.read_text() == lines and len(lines.splitlines()) == 4  # run, timing, two versions
+
+
+def test_defaults_are_measured_at_the_particles_of_the_paper():
+    """Their own number of particles is another, and their weights are tempered at first."""
+    trace = runs.run(SMALL, "qem default", 3, 4, 0, every=0)
+    assert np.isfinite(trace.log_evidence).all()
+    more = runs.run(SMALL, "qem default", 30, 4, 0, every=0)
+    assert np.mean(more.log_evidence) > np.mean(trace.log_evidence)
+
+
 def test_an_experiment_without_its_data_is_skipped_in_words(tmp_path, monkeypatch, capsys):
     main = importlib.import_module("benchmarks.qem_paper.__main__")
     monkeypatch.setattr(files, "_CHECKOUT", tmp_path / "none")

@@ -20,6 +20,7 @@ from ppl import (
 from ppl.backend import Settings
 from ppl.inference.particles import squares, sums, weighting
 from ppl.inference.particles.estep import draw_all, evaluated, weigh
+from ppl.inference.particles.proposals import standard_normal
 from ppl.inference.qem import QEM, init, prepare
 from ppl.streams import Streams
 
@@ -233,3 +234,45 @@ def test_distinct_rows_count_every_row_once():
     assert most == 2
     assert torch.equal(table[first[:, 0]], torch.tensor([[0, 1], [0, 1]]))
     assert torch.bincount(place, minlength=4).tolist() == [2, 1, 1, 2]
+
+
+@pytest.mark.parametrize("scale", [1.0, 40.0, 200.0, 700.0])
+def test_rows_in_pairs_have_the_same_log_partition(scale):
+    g = torch.Generator().manual_seed(0)
+    count = torch.tensor([[3, 1, 1, 2, 3, 1, 1, 0, 1, 1], [2, 2, 2, 2, 1, 1, 1, 1, 1, 1]]).double()
+    left = scale * torch.rand(2, 10, 4, generator=g, dtype=torch.float64) - scale / 2
+    right = scale * torch.rand(2, 1, 3, generator=g, dtype=torch.float64) - scale / 2
+    order = sums.in_pairs(count)
+    assert order is not None and order.shape == (2, 10)
+    at = order.clamp(min=0)
+    number = count.gather(1, at).masked_fill(order < 0, 0.0)
+    assert (number[:, ::2] == number[:, 1::2]).logical_or_(number[:, 1::2] == 0).all()
+    assert torch.equal(number.sum(-1), count.sum(-1))
+    rows = left.gather(1, at.unsqueeze(-1).expand(-1, -1, 4))
+    paired = sums.log_partition(1, number, rows, right, True)
+    expected = sums.log_partition(1, count, left, right)
+    assert torch.allclose(paired, expected, rtol=1e-13, atol=1e-13)
+    both = left.unsqueeze(-1) + right.unsqueeze(-2)
+    plain = (count[..., None, None] * torch.logaddexp(both, torch.zeros(()).double())).sum(1)
+    assert torch.allclose(paired, plain, rtol=1e-13, atol=1e-13)
+
+
+def test_large_sums_of_products_are_those_of_small_ones(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    a, b, c = (
+        torch.randn(s, generator=g, dtype=torch.float64) for s in [(5, 4, 1), (1, 4, 3), (3,)]
+    )
+    small = sums.products([(a, b), (b, a)], [c, a])
+    monkeypatch.setattr(sums, "_CACHE_ELEMENTS", 8)
+    assert torch.allclose(sums.products([(a, b), (b, a)], [c, a]), small, rtol=1e-14)
+    assert torch.allclose(small, 2 * a * b + c + a, rtol=1e-14)
+
+
+@pytest.mark.parametrize("count", [7, 8192, 8201, 40_000, 40_009])
+def test_standard_normal_numbers_are_those_of_torch(count):
+    like, g = torch.zeros((), dtype=torch.float64), torch.Generator()
+    expected = torch.randn(count, generator=g.manual_seed(2), dtype=torch.float64)
+    after = torch.rand(3, generator=g)
+    found = standard_normal((count,), like, g.manual_seed(2))
+    assert torch.allclose(found, expected, rtol=1e-12, atol=1e-14)
+    assert torch.equal(torch.rand(3, generator=g), after)  # as far on in the stream

@@ -249,3 +249,30 @@ def test_drawn_paths_have_the_lag_one_correlation_of_the_posterior():
         expected = cov[t, t + 1] / math.sqrt(cov[t, t] * cov[t + 1, t + 1])
         assert expected > 0.97
         assert found == pytest.approx(expected, abs=0.01)
+
+
+@model
+def panel():
+    drift = latent("drift", Normal(0.0, 1.0))
+    with plate("series"):
+        with plate("time", ordered=True):
+            x = latent("x", Markov(Normal(drift, 1.0), lambda b: Normal(b + drift, 0.5)))
+            observe("y", Normal(x, 0.7))
+
+
+def test_whole_paths_of_many_short_chains_have_the_posterior_of_the_joint_gaussian():
+    count, steps = 6, 5
+    y = np.cumsum(np.random.default_rng(2).normal(0.4, 0.6, (count, steps)), 1)
+    paths = np.tril(np.ones((steps, steps))) * np.r_[1.0, np.full(steps - 1, 0.5)]
+    own = np.kron(np.eye(count), paths @ paths.T)
+    load = np.tile(np.arange(1.0, steps + 1), count)  # every state adds the drift once more
+    prior = own + np.outer(load, load)
+    gain = prior @ np.linalg.inv(prior + 0.49 * np.eye(len(load)))
+    mean, sd = gain @ y.ravel(), np.sqrt(np.diag(prior - gain @ prior))
+    log_z = stats.multivariate_normal(np.zeros(len(load)), prior + 0.49 * np.eye(len(load)))
+    posterior = infer(panel, {"y": y}, method="qem", seed=0)
+    assert posterior.diagnostics.notes["particles"].keys() == {"k:drift", "k:x"}
+    assert posterior.log_evidence.value == pytest.approx(log_z.logpdf(y.ravel()), abs=0.1)
+    found = posterior.mean("x").numpy().ravel()
+    np.testing.assert_allclose((found - mean) / sd, 0.0, atol=0.15)
+    np.testing.assert_allclose(posterior.sd("x").numpy().ravel() / sd, 1.0, atol=0.15)

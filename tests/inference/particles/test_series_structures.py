@@ -363,11 +363,14 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("chain", ["scan", "tree"])
+@pytest.mark.parametrize("chain", ["scan", "tree", "whole paths"])
 @pytest.mark.parametrize("name", [*PLACES, *FAMILIES])
 def test_evidence_and_marginals_equal_enumeration(name, chain):
     case = {**PLACES, **FAMILIES}[name]
-    problem, found, (log_z, marginals) = weighed(case, chain)
+    whole = chain == "whole paths"
+    problem, found, (log_z, marginals) = weighed(
+        case, "auto" if whole else chain, paths_up_to=24 if whole else 0
+    )
     assert float(found.log_z) == pytest.approx(log_z, abs=1e-9)
     for axis, expected in marginals.items():
         np.testing.assert_allclose(found.marginals[axis].numpy(), expected, atol=1e-9)
@@ -387,7 +390,7 @@ def test_scan_and_tree_have_the_same_gradients():
     case = PLACES["region and day"]
     values = []
     for chain in ("scan", "tree"):
-        options = QEM(particles=5, chains=chain, **case.options)
+        options = QEM(particles=5, chains=chain, paths_up_to=0, **case.options)
         problem = prepare(case.program.bind(case.data), options, Settings(Streams(3)))
         q = init(problem).q
         drawn = draw_all(problem.weighting, q, Streams(3))
@@ -414,5 +417,22 @@ def test_latents_around_a_chain_share_an_index_without_being_asked():
                 x = latent("x", Markov(Normal(start, 1.0), lambda b: Normal(b, noise.exp())))
                 observe("y", Normal(x, spread.exp()))
 
-    problem = prepare(several.bind({"y": Y[:6].reshape(2, 3)}), QEM(), Settings(Streams(0)))
+    bound = several.bind({"y": Y[:6].reshape(2, 3)})
+    problem = prepare(bound, QEM(paths_up_to=0), Settings(Streams(0)))
     assert {b.names for b in problem.blocks} == {("start", "noise", "spread"), ("x",)}
+
+
+def test_many_short_chains_have_whole_paths():
+    """One chain can afford many particles a state; a start at the prior says too little of whole paths."""
+    case = PLACES["region and day"]
+    bound = case.program.bind(case.data)
+
+    def found(**options: Any) -> set[tuple[str, ...]]:
+        return {b.names for b in prepare(bound, QEM(**options), Settings(Streams(0))).blocks}
+
+    assert ("start", "noise", "x") in found()
+    assert ("x",) in found(paths_up_to=2)
+    assert ("x",) in found(start="prior")
+    alone = PLACES["gaps"].program.bind(PLACES["gaps"].data)
+    chains = [b.chain for b in prepare(alone, QEM(), Settings(Streams(0))).blocks]
+    assert "day" in chains
