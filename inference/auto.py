@@ -10,9 +10,11 @@ from ppl.binding import Bound
 from ppl.distributions import Flat
 from ppl.errors import UnsupportedError
 from ppl.graph import Graph
+from ppl.nn.structure import PRODUCTS, find_layers
 from ppl.passes import gaussian_given, upstream
 
 _CHEAP = 3e11  # operations; some ten seconds on two CPU cores
+_LARGE_NET = 10_000  # weights of layers from which most of them are better left out
 _MANY = 200  # unknowns from which the averages that message passing rests on can be trusted
 # After exact, the first that supports the model: mixing of many unknowns, particles, then a mode with its curvature.
 _ORDER = {
@@ -44,6 +46,14 @@ def choose(bound: Bound) -> tuple[str, str]:
     why = f"exact cannot: {refused['exact'][0]}"
     if _is_linear_gaussian(bound.graph) and not backends.load("laplace").supports(bound.graph):
         return "laplace", "every factor is Gaussian and linear, so a sparse solve is exact"
+    weights = _layer_weights(bound)
+    if weights > _LARGE_NET:
+        refused["ssvi"] = backends.load("ssvi").supports(bound.graph)
+        if not refused["ssvi"]:
+            return (
+                "ssvi",
+                f"the layers have {weights} weights, of which it keeps and moves a small set; {why}",
+            )
     for name, what in _preferred(bound.graph).items():
         refused[name] = [*backends.load(name).supports(bound.graph), *_too_few(name, bound)]
         if not refused[name]:
@@ -65,6 +75,16 @@ def _preferred(graph: Graph) -> dict[str, str]:
         return _ORDER
     rest = {name: what for name, what in _ORDER.items() if name != "laplace"}
     return {"laplace": "elements of a plate are tied to each other", **rest}
+
+
+def _layer_weights(bound: Bound) -> int:
+    """Number of latent weights of linear layers and convolutions."""
+    names = {
+        layer.weight.variable
+        for layer in find_layers(bound.graph)
+        if layer.kind in PRODUCTS and layer.weight is not None and layer.weight.role == "latent"
+    }
+    return sum(math.prod(bound.shape(bound.graph.variables[n])) for n in names)
 
 
 def _too_few(name: str, bound: Bound) -> list[Reason]:

@@ -29,8 +29,8 @@ _REGISTRY: dict[str, str] = {
     "amp": "ppl.inference.amp",
     "vi": "ppl.inference.vi",
     "rws": "ppl.inference.rws",
+    "ssvi": "ppl.inference.ssvi",
 }
-_PLANNED = ("ssvi",)
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,8 @@ class Backend(Protocol):
     - ``takes_sparse = True``: covariates may be sparse matrices in ``bound.values``.
     - ``looks_inside = True``: its rules look inside functions, and it refuses modules of ``nn.lift``.
     - ``takes_batch_norm = True``: it trains on batches, and keeps the statistics of ``nn.BatchNorm``.
+    - ``single_precision(graph, options) -> bool``: whether a model whose data is float32 runs in float32 unless ``dtype=`` is
+      given; without it all runs are in float64.
     - ``extend(old_problem, old_state, new_problem, **options) -> state``: the state from which a
       run on more data goes on, for ``posterior.extend(new_data, **options)``. The new problem was
       prepared for the old data followed by the new rows; every element of a plate that the old
@@ -115,6 +117,14 @@ def sparse_reasons(backend: Backend, bound: Bound) -> list[Reason]:
                f"Use method='amp', which keeps it sparse, or pass {n}.to_dense().")
         for n in bound.sparse
     ]  # fmt: skip
+
+
+def runs_in_single(backend: Backend, bound: Bound, options: Any) -> bool:
+    """Whether the backend keeps to the data's single precision for this model."""
+    wants = getattr(backend, "single_precision", None)
+    arrays = [c.values for c in bound.columns.values() if isinstance(c.values, torch.Tensor)]
+    floats = {a.dtype for a in arrays if a.is_floating_point()}
+    return floats == {torch.float32} and wants is not None and wants(bound.graph, options)
 
 
 def network_reasons(backend: Backend, graph: Graph, known: Container[str] = ()) -> list[Reason]:
@@ -166,9 +176,8 @@ def load(name: str) -> Backend:
         found = {e.name: e.value for e in entry_points(group="ppl.backends")}
         module = found.get(name)
     if module is None:
-        planned = " It is planned, but not part of this version." if name in _PLANNED else ""
         raise UnsupportedError(
-            f"there is no method {name!r}.{planned}{nearest(name, names())} Known: auto, {', '.join(names())}."
+            f"there is no method {name!r}.{nearest(name, names())} Known: auto, {', '.join(names())}."
         )
     return importlib.import_module(module)  # type: ignore[return-value]
 

@@ -92,7 +92,7 @@ def infer(
         max_iters: most steps; the backend's own limit by default.
         tol: of the stop rule: change of block means, in posterior standard deviations (0.1 by default; 0 never stops).
         device: where to run; that of the data by default.
-        dtype: of the run; float64 by default.
+        dtype: of the run. By default float64; float32 for networks whose data is float32.
         memory: budget for the largest arrays, in bytes or as text (``"4GiB"``).
         missing: what to do with NaN in observed sites: ``"marginalise"`` or ``"error"``.
         progress: whether to print a line; by default when the terminal is interactive.
@@ -120,12 +120,12 @@ def infer(
     """
     _check_model(model)
     try:
-        bound = model.bind(
-            data, sizes=sizes, labels=labels, missing=missing, dtype=dtype, device=device
-        )
-        bound = bound if prior is None else with_prior(bound, prior)
+        binding: dict[str, Any] = {"sizes": sizes, "labels": labels, "missing": missing}
+        bound = _bound(model, data, prior, dtype=dtype, device=device, **binding)
         method, why = _choose(bound, options) if method == "auto" else (method, "asked for by name")
         name, backend, record = backends.resolve(method, options)
+        if dtype is None and backends.runs_in_single(backend, bound, record):
+            bound = _bound(model, data, prior, dtype=torch.float32, device=device, **binding)
         lacking = [
             *backends.sparse_reasons(backend, bound),
             *backends.network_reasons(backend, bound.graph, bound.columns),
@@ -218,7 +218,8 @@ class Explanation:
     def __str__(self) -> str:
         lines = [f"{'method':<8} {'usable':<6}  why"]
         for row in self.rows:
-            texts = [str(r) for r in row.reasons] or [row.note or "every factor has a rule"]
+            notes = (row.note or "every factor has a rule").splitlines()
+            texts = [str(r) for r in row.reasons] or notes
             lines.append(f"{row.method:<8} {'yes' if row.usable else 'no':<6}  {texts[0]}")
             lines += [" " * 17 + t for t in texts[1:]]
         return "\n".join(lines)
@@ -370,6 +371,7 @@ class _Run:
                     "prior=posterior), which carries what is known of each latent over to the next fit."
                 )
             _check_options(self.name, extend, options)
+            _check_stop(max_iters, None)
             run = copy.copy(self)
             run.bound = grown(self.model, self.bound, data, **binding)
             _check_supported(self.name, self.backend.supports(run.bound.graph))
@@ -479,6 +481,11 @@ class _Line:
             print(file=sys.stderr)
 
 
+def _bound(model: Model[Any], data: Any, prior: Any, **binding: Any) -> Bound:
+    bound = model.bind(data, **binding)
+    return bound if prior is None else with_prior(bound, prior)
+
+
 def _check_model(model: Any) -> None:
     if not isinstance(model, Model):
         raise ModelError(
@@ -518,18 +525,22 @@ def _choose(bound: Bound, options: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _restarts(restarts: int) -> int:
-    if not isinstance(restarts, int) or restarts < 1:
+    if not _is_whole(restarts) or restarts < 1:
         raise ModelError(f"restarts: expected a whole number of at least 1, got {restarts!r}.")
     return restarts
 
 
 def _check_stop(max_iters: int | None, tol: float | None) -> None:
-    if max_iters is not None and (not isinstance(max_iters, int) or max_iters < 0):
+    if max_iters is not None and not (_is_whole(max_iters) and max_iters >= 1):
         raise ModelError(
-            f"max_iters: expected a whole number that is not negative, got {max_iters!r}."
+            f"max_iters: expected a whole number of at least 1, got {max_iters!r}. Leave it out for the method's own limit."
         )
-    if tol is not None and not tol >= 0:
+    if tol is not None and not (isinstance(tol, (int, float)) and tol >= 0):
         raise ModelError(f"tol: expected a number that is not negative, got {tol!r}.")
+
+
+def _is_whole(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool)
 
 
 def _bytes(memory: int | str | None) -> int | None:
@@ -538,6 +549,8 @@ def _bytes(memory: int | str | None) -> int | None:
     >>> _bytes("1.5GiB")
     1610612736
     """
+    if not (memory is None or isinstance(memory, (int, str))):
+        raise ModelError(f"memory: expected bytes or text such as '4GiB', got {memory!r}.")
     if isinstance(memory, int) and memory <= 0:
         raise ModelError(f"memory: expected a positive number of bytes, got {memory!r}.")
     if memory is None or isinstance(memory, int):

@@ -27,7 +27,17 @@ _PRODUCTS = {(1, 1): "i,i->", (2, 1): "ij,j->i", (1, 2): "i,ij->j", (2, 2): "ij,
 
 def compile_node(c: Compiler, node: Node) -> Operand:
     """The operand that holds the result of a node."""
-    return _OPS[node.op](c, node)
+    return _given_function(c, node) if node.id in c.replaced else _OPS[node.op](c, node)
+
+
+def _given_function(c: Compiler, node: Node) -> Operand:
+    """A node whose function is an input of the run, called with operands ``[*axes, *event]``."""
+    name, ids = c.replaced[node.id]
+    operands = [c.operand(Ref(i)) for i in ids]
+    axes = c.joint_axes(operands, node.plates)
+    slots = [c.spelled_out(o, axes) for o in operands]
+    slot = c.emit(lambda run, *tensors: run(*tensors), c.input(name), *slots)
+    return Operand(slot, axes, len(node.event_shape), joint_edges(operands))
 
 
 # ---- torch calls ---------------------------------------------------------------------------------

@@ -40,6 +40,9 @@ class Compiler:
         rules: ``"vmap"`` uses the fallback everywhere (a test compares the two).
         training: whether batch norms take the statistics of the elements at hand, over the axes
             of their plates, instead of those they are given.
+        replaced: nodes that are computed by a function given at run time: id -> (name of the input
+            that holds the function, ids of the nodes it is called with). The operands have the
+            joint axes in front, size one where absent.
     """
 
     def __init__(
@@ -53,15 +56,18 @@ class Compiler:
         masks: Sequence[str] = (),
         rules: Rules = "all",
         training: bool = False,
+        replaced: Mapping[int, tuple[str, tuple[int, ...]]] | None = None,
     ) -> None:
         self.graph, self.axes, self.rules, self.masks = graph, axes, rules, frozenset(masks)
-        self.training = training
+        self.training, self.replaced = training, replaced or {}
         self.rank = {axis: i for i, axis in enumerate(order)}
         self.dtype, self.device = dtype, torch.device(device)
         self.inputs: dict[str, int] = {}
         self.steps: list[Step] = []
         self.base: list[Any] = []
         self.aligned: dict[Any, int] = {}
+        # Chains of which one sample is a whole path, so that a state and the one before have the same axes.
+        self.paths: frozenset[str] = frozenset()
         # The ordered plate whose first element is left out, while a transition is compiled.
         self.along: str | None = None
         # Inputs that stand in for variables while one factor is compiled, and the name of that factor.
@@ -242,8 +248,9 @@ class Compiler:
         array = self.instead.get(name, name)
         axes, slot = self.axes[array], self.input(array)
         event = len(self.graph.variables[name].event_shape)
+        primed = part == "previous" and name not in self.paths
         if not part or plate not in axes:  # an enumerated chain has the same values everywhere
-            axes = self._primed(axes) if part == "previous" else axes
+            axes = self._primed(axes) if primed else axes
             return self._in_order(slot, axes, event)
         at = axes.index(plate)
         if part == "first":
@@ -252,7 +259,7 @@ class Compiler:
         else:
             start = 1 if part == "next" else 0
             slot = self.emit(lambda t: t.narrow(at, start, t.shape[at] - 1), slot)
-        return self._in_order(slot, self._primed(axes) if part == "previous" else axes, event)
+        return self._in_order(slot, self._primed(axes) if primed else axes, event)
 
     def _primed(self, axes: tuple[str, ...]) -> tuple[str, ...]:
         shared = {*self.graph.plates, "restart", "draw"}

@@ -15,6 +15,7 @@ PACKAGES = {"ppl": "ppl", "inference": "ppl.inference", "models": "ppl.models"}
 SHARED = {
     "ppl.inference.numerics",
     "ppl.inference.groups",
+    "ppl.inference.networks",
     "ppl.inference.particles",
 }  # packages that several backends use
 CORE = {"torch", "numpy", "scipy", "opt_einsum", "typing_extensions"}

@@ -13,19 +13,24 @@ from ppl.backend import Info, Reason, Settings
 from ppl.binding import Bound
 from ppl.errors import NumericalError, UnsupportedError
 from ppl.graph import Graph
+from ppl.inference.networks import fit
+from ppl.inference.networks.records import Problem as NetworkProblem
+from ppl.inference.networks.records import Runs
+from ppl.inference.networks.results import collect
 from ppl.inference.numerics import ascent
 from ppl.inference.numerics import flat_gaussian as gaussians
 from ppl.inference.numerics.ascent import Rule
 from ppl.inference.particles.blocks import is_enumerable, transform_of
 from ppl.inference.particles.lanes import check_lanes, make_lanes
 from ppl.inference.particles.problem import prepare_particles
-from ppl.inference.vi import results
+from ppl.inference.vi import networks, results
 from ppl.inference.vi.batches import divide, moved_by_all, step_on_batch
 from ppl.inference.vi.bounds import BoundOnEvidence, MassivelyParallel, Plain
 from ppl.inference.vi.coordinates import block_groups, joint_groups, origins
 from ppl.inference.vi.estimators import ESTIMATORS
 from ppl.inference.vi.options import VI
 from ppl.inference.vi.problem import Param, Problem, State, units
+from ppl.nn.structure import buffers
 from ppl.posterior import Posterior
 
 _ITERATIONS = 3000
@@ -65,12 +70,14 @@ def supports(graph: Graph) -> list[Reason]:
 
 
 def describe(bound: Bound, options: VI, settings: Settings) -> str:
-    """One line for ``explain``: the family and its size.
+    """For ``explain``: the family and its size; of a network a line for each layer.
 
     Raises:
         UnsupportedError: the model does not fit the options or the memory budget.
     """
     problem = prepare(bound, options, settings)
+    if isinstance(problem, NetworkProblem):
+        return networks.describe(problem)
     scalars = sum(g.piece.cells for g in problem.groups)
     size = sum(g.piece.size for g in problem.groups)
     family = options.family.replace("_", "-")
@@ -78,12 +85,15 @@ def describe(bound: Bound, options: VI, settings: Settings) -> str:
     return f"a {family} Gaussian of {scalars} {noun}, {size} parameters; {options.draw_count} draws a step"
 
 
-def prepare(bound: Bound, options: VI, settings: Settings) -> Problem:
-    """Coordinates, the bound and its plan.
+def prepare(bound: Bound, options: VI, settings: Settings) -> Problem | NetworkProblem:
+    """Coordinates, the bound and its plan; or the lowered network.
 
     Raises:
         UnsupportedError: the model does not fit the options or the memory budget.
     """
+    if networks.applies(bound.graph, options, settings):
+        return networks.prepare(bound, options, settings)
+    _refuse_batch_norms(bound)
     target = (
         _parallel(bound, options, settings)
         if options.parallel
@@ -101,6 +111,17 @@ def prepare(bound: Bound, options: VI, settings: Settings) -> Problem:
     memory = 0.99 if options.settle else 0.999
     rule = Rule(options.rate, options.optimiser, options.settle, limit, tol, memory)
     return Problem(bound, options, settings, target, tuple(params), rule, limit)
+
+
+def _refuse_batch_norms(bound: Bound) -> None:
+    """Batch statistics are known to the code for networks only."""
+    unknown = [n for pair in buffers(bound.graph) for n in pair if n and n not in bound.columns]
+    if unknown:
+        raise UnsupportedError(
+            f"vi: the statistics '{unknown[0]}' of a batch norm are estimated where the model is fitted as a network: "
+            "family='mean_field', one particle, no discrete latents and none of every element of the data. Or use nn.FRN, "
+            "nn.GroupNorm, nn.LayerNorm, or give the statistics as data."
+        )
 
 
 def _plain(bound: Bound, options: VI, settings: Settings) -> BoundOnEvidence:
@@ -131,8 +152,10 @@ def _parallel(bound: Bound, options: VI, settings: Settings) -> BoundOnEvidence:
     return MassivelyParallel(groups, bound, weighting, *counts)
 
 
-def init(problem: Problem) -> State:
+def init(problem: Problem | NetworkProblem) -> State | Runs:
     """Gaussians at the prior, one draw of it apart in further restarts; params at their initial values."""
+    if isinstance(problem, NetworkProblem):
+        return fit.init(problem)
     streams, options, bound = problem.settings.streams, problem.options, problem.bound
     origin = origins(bound, problem.groups, options, streams) if problem.groups else {}
     like = torch.zeros((), dtype=bound.dtype, device=bound.device)
@@ -159,10 +182,21 @@ def _initial(bound: Bound, v: Any) -> Tensor:
     return start.expand(bound.shape(v)).clone()
 
 
-def step(problem: Problem, state: State, batch: Any = None) -> tuple[State, Info]:
+def step(
+    problem: Problem | NetworkProblem, state: State | Runs, batch: Any = None
+) -> tuple[State | Runs, Info]:
     """One step up the bound."""
+    if isinstance(problem, NetworkProblem):
+        assert isinstance(state, Runs)
+        return fit.step_all(problem, state, batch)
+    assert isinstance(state, State)
+    return _general_step(problem, state, batch)
+
+
+def _general_step(problem: Problem, state: State, batch: Any) -> tuple[State, Info]:
     options = problem.options
-    risen = min(1.0, (state.ascent.iteration + 1) / options.warmup) if options.warmup else 1.0
+    warmup = options.warmup_steps(problem.max_iters)
+    risen = min(1.0, (state.ascent.iteration + 1) / warmup) if warmup else 1.0
     estimator, tempering = ESTIMATORS[options.estimator], options.tempering * risen
     if batch is not None and state.ascent.theta.numel():
         moved, bound = step_on_batch(problem, state, tempering, batch, estimator)
@@ -197,6 +231,10 @@ def _info(problem: Problem, state: State, bound: Tensor, risen: float) -> Info:
     return Info(metrics, watch=watch.flatten(), unit=unit.flatten())
 
 
-def posterior(problem: Problem, state: State) -> Posterior:
+def posterior(problem: Problem | NetworkProblem, state: State | Runs) -> Posterior:
     """Moments and draws of q, its bound, and how well it stands the test of importance weights."""
+    if isinstance(problem, NetworkProblem):
+        assert isinstance(state, Runs)
+        return collect(problem, state)
+    assert isinstance(state, State)
     return results.posterior(problem, state)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 from ppl.errors import ModelError
 from ppl.inference.particles.options import Groups, ParticleOptions
 
 _CHOICES = {
     "family": ("mean_field", "low_rank", "full_rank"),
-    "estimator": ("pathwise", "total", "natural"),
+    "estimator": ("auto", "pathwise", "total", "natural", "local", "flipout"),
     "optimiser": ("adam", "sgd"),
     "start": ("prior", "standard"),
 }
 _PARALLEL_PARTICLES = 10
 _DRAWS = 8
+NETWORK_OPTIONS = ("momentum", "weight_decay", "augment", "initial_sd")
 
 
 @dataclass(frozen=True)
@@ -35,22 +37,38 @@ class VI:
         rank: of ``"low_rank"``.
         estimator: ``"pathwise"``: gradient through the draws only, q's own parameters held fixed (sticking the landing; with
             several particles doubly reparameterised); ``"total"``: through draws and densities; ``"natural"``: the
-            natural-gradient step IVON, for ``"mean_field"``.
+            natural-gradient step IVON, for ``"mean_field"``; ``"local"``, ``"flipout"``: noise in the outputs of layers, or
+            signs for every example, see below. ``"auto"``: ``"local"`` for networks, else ``"pathwise"``.
         parallel: weigh all combinations of the particles of all blocks, as QEM does; else one joint draw a particle.
         particles: of the bound: 1 is the ELBO, more tighten it (the importance-weighted bound, or the massively parallel one).
             1 by default, 10 where ``parallel``.
-        draws: independent estimates of the bound that a step averages; even numbers come in antithetic pairs.
+        draws: independent estimates of the bound that a step averages; even numbers come in antithetic pairs. 8 by default, 1
+            for several particles and for networks, whose draws are all independent.
         learning_rate: of Adam or SGD, in prior standard deviations and in logs of scales; of ``"natural"`` the share of a Newton
-            step. 0.05 by default, 0.1 for ``"natural"``.
+            step. 0.05 by default, 0.1 for ``"natural"``. Of networks: Adam's in units of ``inputs ** -0.5`` of a layer, SGD's
+            plain.
         optimiser: ``"adam"`` or ``"sgd"``.
-        settle: shrink the step when only noise is left, and average the last iterates; False: a constant step.
-        warmup: steps over which the weight of the KL term rises from 0 to 1.
+        settle: shrink the step when only noise is left, and average the last iterates; of networks, shrink it along a cosine
+            over the run. False: a constant step.
+        warmup: steps over which the weight of the KL term rises from 0 to 1; below 1 a share of the run. 0 by default, half of
+            the run for networks: with the whole term from the start most units stay at the prior.
         tempering: weight of the KL term; below 1 a cold posterior. Discrete latents are not tempered.
         start: locations and units from the ``"prior"``, or ``"standard"`` Normals on the unconstrained scale.
         groups: of ``parallel``: latents that share one particle index.
         joint_up_to: of ``parallel``: largest number of scalars in an automatic block.
         enumerate_up_to: largest number of values of a discrete latent that is summed exactly.
-        final_draws: for moments of latents that are not on the real line, the bound, and the diagnostics.
+        final_draws: for moments of latents that are not on the real line, the bound, and the diagnostics; networks take as
+            many as their size allows.
+        momentum: of SGD, for networks.
+        weight_decay: of params in networks, added to the gradient of the loss of one example; weights with a law have none.
+        augment: functions of a batch of a covariate and a generator, ``{"x": flip}``, for networks.
+        initial_sd: first standard deviations of a network's weights, in units of the spread of their first means.
+
+    **Networks.** A model whose layers read latents (:mod:`ppl.nn`) is fitted by code of its own, unless it has discrete
+    latents, latents of every element of the data, another family or several particles: one draw a step, ``"local"``
+    where a product of a layer is the only reader of its weights, Flipout where weights are used more than once in an
+    example, and draws of whole arrays elsewhere. ``"pathwise"`` and ``"natural"`` draw all weights. N is the size of
+    the data plate. A run lasts for ``max_iters`` steps, or some 20 epochs and at least 2000 steps; ``tol`` has no say.
 
     ``infer(..., minibatch={"row": 128})`` takes the elements of a plate in parts; latents within it are then mean-field and
     independent of the others, and their parameters move with their own elements.
@@ -63,20 +81,24 @@ class VI:
 
     family: Literal["mean_field", "low_rank", "full_rank"] = "mean_field"
     rank: int = 10
-    estimator: Literal["pathwise", "total", "natural"] = "pathwise"
+    estimator: Literal["auto", "pathwise", "total", "natural", "local", "flipout"] = "auto"
     parallel: bool = False
     particles: int | None = None
     draws: int | None = None
     learning_rate: float | None = None
     optimiser: Literal["adam", "sgd"] = "adam"
     settle: bool = True
-    warmup: int = 0
+    warmup: float | None = None
     tempering: float = 1.0
     start: Literal["prior", "standard"] = "prior"
     groups: Groups = "auto"
     joint_up_to: int = 12
     enumerate_up_to: int = 64
     final_draws: int = 4000
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    augment: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    initial_sd: float = 0.1
 
     def __post_init__(self) -> None:
         for option, choices in _CHOICES.items():
@@ -90,11 +112,16 @@ class VI:
                 raise ModelError(
                     f"VI({option}=...): expected a whole number of at least 1, got {value!r}."
                 )
-        numbers = all(isinstance(v, (int, float)) for v in (self.rate, self.tempering, self.warmup))
-        if not numbers or not self.rate > 0 or not self.tempering > 0 or self.warmup < 0:
+        numbers = all(isinstance(v, (int, float)) for v in (self.rate, self.tempering, self.warmup or 0))
+        if not numbers or not self.rate > 0 or not self.tempering > 0 or (self.warmup or 0) < 0:
             raise ModelError(
                 "VI: learning_rate and tempering are positive, warmup is not negative; got "
                 f"{self.learning_rate!r}, {self.tempering!r}, {self.warmup!r}."
+            )
+        if not (0 <= self.momentum < 1 and self.weight_decay >= 0 and self.initial_sd > 0):
+            raise ModelError(
+                "VI: momentum lies in [0, 1), weight_decay is not negative and initial_sd positive; got "
+                f"{self.momentum!r}, {self.weight_decay!r}, {self.initial_sd!r}."
             )
         _check_natural(self)
         if not self.parallel and self.groups != "auto":
@@ -109,6 +136,11 @@ class VI:
     def draw_count(self) -> int:
         """Estimates of the bound that a step averages."""
         return self.draws or (_DRAWS if self.particle_count == 1 else 1)
+
+    def warmup_steps(self, steps: int, share: float = 0.0) -> int:
+        """Steps with a part of the KL term only, in a run of so many; ``share`` of it by default."""
+        warmup = share if self.warmup is None else self.warmup
+        return round(warmup * steps if warmup < 1 else warmup)
 
     @property
     def rate(self) -> float:

@@ -207,9 +207,9 @@ def test_what_this_version_cannot_do_is_refused():
         infer(groups, DATA, method="exact", minibatch={"group": 2})
 
 
-def test_methods_to_come_are_named_as_such():
-    with pytest.raises(UnsupportedError, match="planned, but not part of this version"):
-        infer(groups, DATA, method="ssvi")
+def test_a_method_that_is_not_there_is_answered_with_those_that_are():
+    with pytest.raises(UnsupportedError, match=r"there is no method 'svi'\. Did you mean .*ssvi"):
+        infer(groups, DATA, method="svi")
 
 
 def test_a_learned_constant_reaches_the_maximum_of_the_evidence():

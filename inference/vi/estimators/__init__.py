@@ -6,6 +6,7 @@ The kernel looks a module up by the option ``estimator``; a new one is a module 
 from ppl.inference.vi.estimators import natural, reparameterised
 
 ESTIMATORS = {
+    "auto": reparameterised.pathwise,
     "pathwise": reparameterised.pathwise,
     "total": reparameterised.total,
     "natural": natural.step,

@@ -14,10 +14,10 @@ from torch import Tensor
 from ppl.inference.numerics import flat_gaussian as gaussians
 from ppl.inference.numerics.ascent import Ascent, advance, ascend, rate
 from ppl.inference.numerics.flat_gaussian import Noise, Piece
+from ppl.inference.numerics.ivon import curvature_step, mean_step
 from ppl.inference.vi.coordinates import LOCAL
 from ppl.inference.vi.problem import Problem, State, draw_noise, param_values, units, unwhitened
 
-_MOMENTUM = 0.9
 _FORGET = 0.05  # share of a new curvature in the average at the first rate
 _LONGEST = 1.0  # move of a location in a step, in units of the origin
 
@@ -94,45 +94,3 @@ def _with_params(problem: Problem, ascent: Ascent, direct: Tensor | None) -> Asc
     return ascend(
         ascent, direct[..., rows], problem.rule, lambda theta: units(problem, theta), rows
     )
-
-
-def mean_step(
-    location: Tensor,
-    momentum: Tensor,
-    slope: Tensor,
-    curvature: Tensor,
-    t: int,
-    *,
-    rate: float,
-    decay: float = 0.0,
-    longest: float = float("inf"),
-) -> tuple[Tensor, Tensor]:
-    """New location and momentum of a minimisation, all ``[*shape]``.
-
-    Args:
-        location: before.
-        momentum: running mean of slopes, before.
-        slope: of the loss at a draw.
-        curvature: its average ``h``.
-        t: number of this step, from 1.
-        rate: share of a Newton step.
-        decay: weight decay ``delta``, the precision of a Gaussian prior that the loss leaves out.
-        longest: of a step.
-
-    >>> x, zero = torch.tensor(3.0), torch.tensor(0.0)
-    >>> mean_step(x, zero, x - 1.0, torch.tensor(1.0), 1, rate=1.0)[0]
-    tensor(1.)
-    """
-    momentum = _MOMENTUM * momentum + (1 - _MOMENTUM) * slope
-    newton = (momentum / (1 - _MOMENTUM**t) + decay * location) / (curvature + decay)
-    return location - rate * newton.clamp(-longest, longest), momentum
-
-
-def curvature_step(curvature: Tensor, estimate: Tensor, share: float, decay: float = 0.0) -> Tensor:
-    """The average curvature with a new estimate in it; the last term keeps ``h + delta`` positive.
-
-    >>> float(curvature_step(torch.tensor(1.0), torch.tensor(-50.0), 0.1)) > 0
-    True
-    """
-    apart = curvature - estimate
-    return curvature - share * apart + 0.5 * share**2 * apart.square() / (curvature + decay)

@@ -25,7 +25,7 @@ from ppl import (
     observe,
     plate,
 )
-from ppl.inference.vi.estimators.natural import curvature_step, mean_step
+from ppl.inference.numerics.ivon import curvature_step, mean_step
 
 STEPS = {"settle": False, "tol": 0.0, "max_iters": 40, "start": "standard"}
 

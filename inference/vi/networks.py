@@ -1,0 +1,135 @@
+"""Variational inference of networks: the options of ``vi`` as a rule for :mod:`ppl.inference.networks`.
+
+Taken where a layer reads weights that are latents and q is one mean-field Gaussian with one particle. Everything else of a
+model may be what it likes, but for discrete latents and latents of the elements of the data, which the general
+code knows.
+"""
+
+from __future__ import annotations
+
+from ppl.backend import Settings
+from ppl.binding import Bound
+from ppl.errors import ModelError, UnsupportedError
+from ppl.graph import Graph
+from ppl.inference.networks import fit
+from ppl.inference.networks.costs import table
+from ppl.inference.networks.records import Problem, Rule
+from ppl.inference.networks.structure import reasons
+from ppl.inference.vi.options import NETWORK_OPTIONS, VI
+from ppl.nn.structure import examples
+
+_EPOCHS, _LEAST = 20, 2000  # of a run, and steps at least
+_WARMUP = 0.5  # share of a run
+_WISHES = {"auto": "local", "local": "local", "flipout": "flipout"}
+
+
+def applies(graph: Graph, options: VI, settings: Settings | None = None) -> bool:
+    """Whether the model is fitted as a network.
+
+    Raises:
+        UnsupportedError: an estimator for layers was asked for, and cannot be had; the message says why.
+        ModelError: options for networks stand beside a model without one.
+    """
+    problems = _problems(graph, options, settings)
+    if not problems:
+        return True
+    if options.estimator in ("local", "flipout"):
+        raise UnsupportedError(
+            f"vi cannot use estimator='{options.estimator}':\n    " + "\n    ".join(problems)
+        )
+    default = VI()
+    extra = [n for n in NETWORK_OPTIONS if getattr(options, n) != getattr(default, n)]
+    if extra:
+        raise ModelError(
+            f"VI({extra[0]}=...) is an option for networks, and this model is not fitted as one: {problems[0]}"
+        )
+    return False
+
+
+def single_precision(graph: Graph, options: VI) -> bool:
+    """Whether data in single precision is fitted in it: networks are."""
+    return not _problems(graph, options, None)
+
+
+def _problems(graph: Graph, options: VI, settings: Settings | None) -> list[str]:
+    found = [" ".join(p for p in (f"'{s}'" if s else "", what, do) if p) for s, what, do in reasons(graph)]  # fmt: skip
+    if options.family != "mean_field":
+        found.append(f"family='{options.family}': estimators of layers are of a mean-field Gaussian.")  # fmt: skip
+    if options.parallel or options.particle_count > 1:
+        found.append("several particles have bounds of their own: leave particles= and parallel= out.")  # fmt: skip
+    if options.estimator == "total":
+        found.append("estimator='total' is of the general code.")
+    plate = next(iter(settings.minibatch), None) if settings and settings.minibatch else None
+    inside = [v.name for v in graph.latents if plate in graph.closure(v.plates)]
+    if inside:
+        found.append(f"'{inside[0]}' is a latent of the elements of plate '{plate}', which is taken in batches.")  # fmt: skip
+    return found
+
+
+def prepare(bound: Bound, options: VI, settings: Settings) -> Problem:
+    """The problem of a network.
+
+    Raises:
+        ModelError: an option that only other models have was given.
+    """
+    if options.start != "prior":
+        raise ModelError(
+            "VI(start='standard'): a network starts at random weights of the scale that its layers need. Leave start= out, or "
+            "give initial_sd=."
+        )
+    unknown = [n for n in options.augment if n not in bound.values]
+    if unknown:
+        raise ModelError(
+            f"VI(augment={{'{unknown[0]}': ...}}): the model has no such covariate. Covariates: "
+            f"{', '.join(v.name for v in bound.graph.role('given'))}."
+        )
+    return fit.prepare(bound, settings, rule_of(bound, options, settings), _wish(options))
+
+
+def rule_of(bound: Bound, options: VI, settings: Settings) -> Rule:
+    """How steps are taken."""
+    natural, sgd = options.estimator == "natural", options.optimiser == "sgd"
+    rate, steps = options.rate, horizon(bound, settings)
+    return Rule(
+        natural=natural,
+        optimiser=options.optimiser,
+        learning_rate=rate,
+        scale_rate=rate,
+        point_rate=rate if sgd else (0.05 if natural else rate),
+        momentum=options.momentum,
+        weight_decay=options.weight_decay,
+        schedule="cosine" if options.settle else "constant",
+        warmup=options.warmup_steps(steps, _WARMUP),
+        tempering=options.tempering,
+        draws=options.draws or 1,
+        horizon=steps,
+        initial_sd=options.initial_sd,
+        augment=dict(options.augment),
+    )
+
+
+def horizon(bound: Bound, settings: Settings) -> int:
+    """Steps of a run: those that were asked for, or some twenty epochs."""
+    if settings.max_iters is not None:
+        return max(settings.max_iters, 1)
+    if not settings.minibatch:
+        return _LEAST
+    ((plate, size),) = settings.minibatch.items()
+    return max(_LEAST, _EPOCHS * -(-bound.size(plate) // max(size, 1)))
+
+
+def describe(problem: Problem) -> str:
+    """For ``explain``: N, and a line for each layer."""
+    rule = problem.rule
+    how = "natural steps" if rule.natural else rule.optimiser
+    return (
+        f"a mean-field Gaussian over a network, N = {examples(problem.bound.graph)}; {how}, {rule.draws} "
+        f"draw{'s' if rule.draws > 1 else ''} a step\n{table(problem)}"
+    )
+
+
+def _wish(options: VI) -> str:
+    return _WISHES.get(options.estimator, "draw")
+
+
+__all__ = ["applies", "describe", "horizon", "prepare", "rule_of"]
