@@ -1,0 +1,1 @@
+"""Bayesian networks beside plain ones: time of a step, tables of regression, and images."""

@@ -1,0 +1,121 @@
+"""CIFAR-10, ResNet-18 and the settings of the authors' code; a reduced net on part of the images without a GPU.
+
+Settings: batch 128, SGD with momentum 0.9, rate 0.01 with cosine annealing, temperature 0.01 after a linear warm-up over
+the first half, set updates every 100 steps until 75 % of the run, density 0.1; crops after padding by 4, and flips. The
+images of the data folder went through JPEG: compare methods, not accuracies with published ones.
+
+Source: [Li2024].
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from benchmarks.networks.images import scores
+from benchmarks.networks.records import Records, Row, markdown
+from ppl import infer, nn
+from ppl.inference.ssvi import SSVI
+from ppl.models import classifier
+from ppl.models.learning_sets import cifar10
+
+DRAWS = 10
+
+
+class Size(NamedTuple):
+    """A table's effort."""
+
+    net: dict[str, Any]
+    images: int | None
+    test: int | None
+    epochs: int
+
+
+SIZES = {
+    "ci": Size({"net": "lenet"}, 5000, 1000, 4),
+    "full": Size({"net": "resnet18"}, None, None, 200),
+}
+
+
+def augmented(x: Tensor, generator: Generator) -> Tensor:
+    """Random crops after padding by 4 and random flips of images ``[n, 3, 32, 32]``."""
+    n, _, size, _ = x.shape
+    padded = torch.nn.functional.pad(x, (4, 4, 4, 4))
+    at = torch.randint(0, 9, (2, n), generator=generator, device=x.device)
+    steps = torch.arange(size, device=x.device)
+    flip = torch.rand(n, generator=generator, device=x.device) < 0.5
+    across = torch.where(flip[:, None], steps.flip(0), steps) + at[1][:, None]
+    down = steps + at[0][:, None]
+    rows = torch.arange(n, device=x.device)[:, None, None]
+    return padded[rows, :, down[:, :, None], across[:, None, :]].permute(0, 3, 1, 2)
+
+
+def methods() -> dict[str, tuple[str, Any]]:
+    """Name in the table -> backend and options."""
+    paper = SSVI.paper()
+    return {
+        "ssvi 0.1, as published": ("ssvi", paper),
+        "ssvi 0.05, as published": ("ssvi", SSVI.paper(density=0.05)),
+        "vi, as published": ("ssvi", SSVI.paper(density=1.0)),
+        "static 0.1": ("ssvi", SSVI.paper(rate=0.0)),
+        "ssvi 0.1, T = 1, natural": ("ssvi", SSVI(density=0.1, estimator="natural")),
+    }
+
+
+def run(chosen: list[str] | None, size: str, file: Path, device: str | None) -> str:
+    """Fit what is not kept in ``file`` yet; returns the table."""
+    effort, records = SIZES[size], Records(file)
+    split = cifar10()
+    train = {k: torch.as_tensor(v[: effort.images]) for k, v in split.train.items()}
+    test = {k: torch.as_tensor(v[: effort.test]) for k, v in split.test.items()}
+    for method in chosen or methods():
+        key = {"size": size, "method": method, "seed": 0}
+        records.row(key, lambda m=method: fit(train, test, m, effort, device))
+    return table([r for r in records.rows if r["size"] == size])
+
+
+def fit(
+    train: dict[str, Tensor], test: dict[str, Tensor], method: str, effort: Size, device: str | None
+) -> Row:
+    """One fit and its scores; unfamiliar images are those with their pixels in another order."""
+    _, options = methods()[method]
+    points: dict[str, Any] = {}
+    if effort.net["net"] == "resnet18":
+        points = {"prior": nn.isotropic(0.005)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        start = time.perf_counter()
+        posterior = infer(
+            classifier(**effort.net, **points),
+            train,
+            method=options,
+            seed=0,
+            minibatch={"image": 128},
+            max_iters=effort.epochs * math.ceil(len(train["label"]) / 128),
+            device=device,
+        )
+        seconds = time.perf_counter() - start
+        order = torch.randperm(32 * 32, generator=torch.Generator().manual_seed(0))
+        strange = test["x"].flatten(2)[..., order].reshape(test["x"].shape)
+        probs, unfamiliar = (
+            posterior.predict({"x": x}, n=DRAWS, seed=0).probs("label").cpu()
+            for x in (test["x"], strange)
+        )
+    row = scores(probs, test["label"], unfamiliar)
+    return {**row, "density": float(posterior.density), "seconds": seconds}
+
+
+def table(rows: list[Row]) -> str:
+    """A row a method."""
+    names = ("density", "accuracy", "nll", "ece", "brier", "auroc", "seconds")
+    lines = [[r["method"], *(f"{r[c]:.4g}" for c in names)] for r in rows]
+    return markdown(["method", *names], lines)
+
+
+__all__ = ["SIZES", "augmented", "methods", "run", "table"]
