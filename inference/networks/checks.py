@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ppl.batches import Batch
 from ppl.errors import NumericalError
-from ppl.inference.networks.forward import Draw, callables, leaves, values_of
-from ppl.inference.networks.noise import generator_of, standard_noise
-from ppl.inference.networks.records import Problem, State, sds, sizes, slices
+from ppl.inference.networks.forward import Wrap, callables, values_of
+from ppl.inference.networks.noise import generator_of
+from ppl.inference.networks.records import Problem, State, sds, slices
+from ppl.inference.networks.slopes import drawn
 from ppl.inference.networks.structure import ProductNode
 
 _AWAY = 1e4  # times the first loss, and nats for an example
@@ -70,8 +71,22 @@ def _largest(problem: Problem, state: State) -> str:
 
 def _first_layer(problem: Problem, state: State, batch: Batch | None) -> str:
     """Evaluate the step once more, and look at what goes into and comes out of every layer."""
+    for array, where in zip(problem.arrays, slices(problem, state), strict=True):
+        if not bool(state.mean[where].isfinite().all()):
+            return f"the weights '{array.name}' are not finite"
     seen: list[str] = []
     tops: dict[str, float] = {}
+    for number in range(problem.rule.draws):
+        _again(problem, state, batch, number, _looked_at(seen, tops))
+        if seen:
+            return seen[0]
+    largest = max(tops, key=tops.__getitem__, default="none")
+    size = f", the largest of layer '{largest}' ({tops[largest]:.3g})" if tops else ""
+    return f"all outputs of layers are finite{size}, the likelihood is not"
+
+
+def _looked_at(seen: list[str], tops: dict[str, float]) -> Wrap:
+    """Adds to ``seen`` what is not finite, and to ``tops`` the largest outputs of every layer."""
 
     def wrap(node: ProductNode, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def checked(x: Tensor, *bias: Tensor) -> Tensor:
@@ -85,30 +100,17 @@ def _first_layer(problem: Problem, state: State, batch: Batch | None) -> str:
 
         return checked
 
-    generator = generator_of(problem, state)
-    draw = _at_step(problem, state, generator)
-    bad = [
-        a.name
-        for a, leaf in zip(problem.arrays, draw.arrays, strict=True)
-        if not bool(leaf.mean.isfinite().all())
-    ]
+    return wrap
+
+
+@torch.no_grad()
+def _again(problem: Problem, state: State, batch: Batch | None, number: int, wrap: Wrap) -> None:
+    """A draw of the step, with the noise that it had."""
+    generator = generator_of(problem, state, number)
+    draw = drawn(problem, state, sds(problem, state), generator)
+    values = values_of(problem, state, draw)
     functions = callables(problem, state, draw, generator, wrap)
-    with torch.no_grad():
-        values = values_of(problem, state, draw)
-        problem.program({**values, **functions}, batch, problem.rule.augment, generator)
-    if bad:
-        return f"the weights '{bad[0]}' are not finite"
-    if seen:
-        return seen[0]
-    largest = max(tops, key=tops.__getitem__, default="none")
-    size = f", the largest of layer '{largest}' ({tops[largest]:.3g})" if tops else ""
-    return f"all outputs of layers are finite{size}, the likelihood is not"
-
-
-def _at_step(problem: Problem, state: State, generator: torch.Generator) -> Draw:
-    counts = sizes(problem, state)
-    noise = standard_noise(problem, state, generator, sum(counts))
-    return leaves(problem, state, sds(problem, state), list(noise.split(counts)))
+    problem.program({**values, **functions}, batch, problem.rule.augment, generator)
 
 
 __all__ = ["check_loss", "refuse_step"]

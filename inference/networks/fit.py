@@ -114,10 +114,15 @@ def choose_estimator(network: Network, at: int, wish: str) -> tuple[Estimator, s
     array = network.arrays[at]
     if array.role == "other":
         return "draw", array.why
-    if wish != "local":
-        return ("flipout" if wish == "flipout" else "draw"), ""
+    if wish not in ("local", "flipout"):
+        return "draw", ""
     node = network.products[array.uses[0]]
     uses = network.arrays[node.weight].uses
+    nodes = [network.products[i] for i in uses]
+    if any(n.meets for n in nodes) or len({n.plates for n in nodes}) > 1:
+        return "draw", "what it puts out for different elements meets in one expression"
+    if wish == "flipout":
+        return "flipout", ""
     if len(uses) > 1:
         return "flipout", "it is used more than once in an example"
     if node.rows:

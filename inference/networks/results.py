@@ -7,7 +7,7 @@ log-likelihood is estimated from at most 64 of them, a weight draw each.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -31,6 +31,7 @@ from ppl.inference.networks.records import (
     kept,
     param_shapes,
     sds,
+    sizes,
     slices,
 )
 from ppl.inference.networks.structure import Array
@@ -58,7 +59,7 @@ class Judged(NamedTuple):
 
 def collect(problem: Problem, runs: Runs) -> Posterior:
     """The posterior of the best restart."""
-    state, agreement = _best(problem, runs)
+    state, agreement = best(problem, runs)
     problem.spare.clear()
     with torch.no_grad():
         statistics = estimated_statistics(problem, state)
@@ -115,32 +116,50 @@ def _parts(problem: Problem) -> list[Batch | None]:
 
 
 def _divergence(problem: Problem, state: State) -> tuple[float, float]:
-    sd = sds(problem, state)
-    draw = leaves(problem, state, sd, [None] * len(problem.arrays))
-    values = values_of(problem, state, draw)
+    """All of it, with the mean over draws where laws read latents or have no closed form; and the median of a weight."""
+    sd, where = sds(problem, state), slices(problem, state)
+    known = [i for i, prior in enumerate(problem.priors) if prior.is_fixed_normal]
     total, each = 0.0, []
-    generator = problem.settings.streams.of("final divergence")
-    for i, (prior, where) in enumerate(zip(problem.priors, slices(problem, state), strict=True)):
-        mean, scale, own = state.mean[where], sd[where], kept(problem, state, i)
-        noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
-        at = torch.addcmul(mean, scale, noise)
-        total += float(prior.divergence(values, mean, scale, at, own))
-        if prior.is_fixed_normal and problem.arrays[i].role == "weight" and mean.numel():
+    for i in known:
+        prior, own = problem.priors[i], kept(problem, state, i)
+        mean, scale = state.mean[where[i]], sd[where[i]]
+        total += float(prior.divergence({}, mean, scale, mean, own))
+        if problem.arrays[i].role == "weight" and mean.numel():
             loc, spread = prior.normal(own)
             ratio, apart = scale / spread, (mean - loc) / spread
             each.append(0.5 * (ratio.square() + apart.square() - 1.0) - ratio.log())
+    others = [i for i in range(len(problem.priors)) if i not in known]
+    generator = problem.settings.streams.of("final divergence")
+    for _ in range(_FEW_DRAWS if others else 0):
+        total += _at_draw(problem, state, sd, others, generator) / _FEW_DRAWS
     return total, float(torch.cat(each).median()) if each else math.nan
 
 
-def _best(problem: Problem, runs: Runs) -> tuple[State, str]:
+def _at_draw(
+    problem: Problem, state: State, sd: Tensor, arrays: Sequence[int], generator: torch.Generator
+) -> float:
+    """Divergence of some arrays from their laws, which are read at a draw."""
+    noise = torch.randn(sd.shape, generator=generator, dtype=sd.dtype, device=sd.device)
+    counts, where = sizes(problem, state), slices(problem, state)
+    draw = leaves(problem, state, sd, list(noise.split(counts)), ["draw"] * len(counts))
+    values, total = values_of(problem, state, draw), 0.0
+    for i in arrays:
+        mean, scale, at = state.mean[where[i]], sd[where[i]], draw.arrays[i].mean
+        total += float(
+            problem.priors[i].divergence(values, mean, scale, at, kept(problem, state, i))
+        )
+    return total
+
+
+def best(problem: Problem, runs: Runs) -> tuple[State, str]:
     """The restart with the lowest loss, and how far the others agree."""
     if len(runs.runs) == 1:
         return runs.runs[0], ""
     n = problem.examples
     losses = [s.loss + (problem.rule.tempering * s.kl / n if s.kl == s.kl else 0.0) for s in runs.runs]  # fmt: skip
-    best = min(range(len(losses)), key=losses.__getitem__)
+    lowest = min(range(len(losses)), key=losses.__getitem__)
     text = f"losses {', '.join(f'{x:.4g}' for x in losses)}; the lowest is kept"
-    return runs.runs[best], text
+    return runs.runs[lowest], text
 
 
 # ---- marginals ---------------------------------------------------------------------------------------------------
@@ -241,4 +260,4 @@ def _diagnostics(
     return Diagnostics({}, {}, True, 0, 0.0, tuple(warnings), notes)
 
 
-__all__ = ["Judged", "collect", "judge", "marginals"]
+__all__ = ["Judged", "best", "collect", "judge", "marginals"]

@@ -54,7 +54,7 @@ def _one(
 ) -> tuple[float, float, list[Slope], list[Tensor]]:
     generator = generator_of(problem, state, number)
     with torch.enable_grad():
-        draw = _drawn(problem, state, sd, generator, place)
+        draw = drawn(problem, state, sd, generator, place)
         values = values_of(problem, state, draw)
         functions = callables(problem, state, draw, generator)
         augment = problem.rule.augment
@@ -72,10 +72,14 @@ def _one(
     return float(loss.detach()), 0.0 if kl is None else float(kl.detach()), slopes, params
 
 
-def _drawn(
-    problem: Problem, state: State, sd: Tensor, generator: torch.Generator, place: Tensor | None
+def drawn(
+    problem: Problem,
+    state: State,
+    sd: Tensor,
+    generator: torch.Generator,
+    place: Tensor | None = None,
 ) -> Draw:
-    """Leaves with noise for the arrays that need it."""
+    """Leaves of a step, with noise for the arrays that need it; arguments are those of :func:`slopes_of`."""
     counts = sizes(problem, state)
     needed = [
         kind != "local" or not _has_closed_form(problem, i)
@@ -161,4 +165,4 @@ def _mean(parts: Sequence[Tensor | None]) -> Tensor | None:
     return torch.stack(known).mean(0) if known else None
 
 
-__all__ = ["slopes_of"]
+__all__ = ["drawn", "slopes_of"]

@@ -79,13 +79,17 @@ def _start(
     if prior.is_fixed_normal:
         at, scale = prior.normal(None)
         shape = array.free_shape
-        if scale.ndim:  # a law of every entry by itself, as one carried over from an earlier fit
+        if scale.ndim and _varies(at):  # a law that was carried over from an earlier fit
             unit = float(scale.median())
             return Start(at.expand(scale.shape).reshape(shape), zero, scale.reshape(shape), unit)
         loc = at.reshape(shape) if at.ndim else at
     unit = fan_in(network, array) ** -0.5
     first = 2**0.5 * unit if array.role == "weight" else 0.0
     return Start(loc, zero + first, zero + initial_sd * 2**0.5 * unit, unit)
+
+
+def _varies(x: Tensor) -> bool:
+    return x.ndim > 0 and bool((x != x.reshape(-1)[0]).any())
 
 
 def _is_matrix(network: Network, array: Array) -> bool:

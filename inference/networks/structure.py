@@ -65,6 +65,8 @@ class ProductNode:
     shape: tuple[int, ...]  # [outputs, inputs, *kernel]
     rows: int  # axes of one element's input in front of the features: 1 for linear on a matrix
     multiplications: int  # of a dense evaluation for one element
+    plates: tuple[str, ...]  # of the result
+    meets: bool  # whether what it puts out for different elements goes into one expression
 
     @property
     def source(self) -> str:
@@ -198,6 +200,10 @@ def _why(v: Variable, layer: LayerNode | None) -> str:
     return f"something else than the product of '{layer.name}' reads it too"
 
 
+# Operations whose result for an element depends on other elements of a plate.
+_ACROSS = frozenset(("gather", "pick", "shift", "reduce", "dot", "collect", "previous"))
+
+
 class _Readers:
     """Which nodes, in which argument, and which factors read each node that a density depends on."""
 
@@ -246,6 +252,18 @@ class _Readers:
                     return None
                 uses |= {i for i, _ in entries}
         return uses
+
+    def meets(self, node: int) -> bool:
+        """Whether an expression reads results of ``node`` for several elements."""
+        queue, seen = [node], {node}
+        while queue:
+            for reader, _ in self.of.get(queue.pop(), []):
+                if self.graph.nodes[reader].op in _ACROSS:
+                    return True
+                if reader not in seen:
+                    seen.add(reader)
+                    queue.append(reader)
+        return False
 
     def _same(self, one: int, other: int) -> bool:
         return self.graph.nodes[one].name == self.graph.nodes[other].name
@@ -303,7 +321,8 @@ def _product(
     rows = len(graph.nodes[layer.inputs[0]].event_shape) - 1 if layer.kind == "linear" else 0
     return ProductNode(
         node, layer.kind, layer.name, position[weight.variable], own, other, constant,
-        layer.inputs[0], weight.shape, rows, layer.multiplications,
+        layer.inputs[0], weight.shape, rows, layer.multiplications, node.plates,
+        readers.meets(layer.node),
     )  # fmt: skip
 
 

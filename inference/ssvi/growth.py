@@ -83,6 +83,11 @@ def gains(examples: float, curvature: float, prior_precision: float, price: floa
     return score
 
 
+def adds_up(score: Score) -> bool:
+    """Whether scores of weights add up to that of a group: evidence does; of the others a group has the norm."""
+    return score not in (magnitudes, t_like)
+
+
 # What all uses of an array saw in one batch: nearly always one.
 Uses = Sequence[Seen]
 

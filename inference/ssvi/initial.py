@@ -18,6 +18,7 @@ from torch import Tensor
 from ppl.inference.networks.priors import Prior
 from ppl.inference.ssvi.patterns import Form
 
+_LEAST = 1e-3  # factor on scales
 NOISE = 0.05  # largest share of noise in the variance of a layer's outputs at the start
 
 
@@ -67,5 +68,6 @@ def shrinkage(share: Tensor, limit: float = NOISE) -> Tensor:
     >>> shrinkage(torch.tensor(0.5))
     tensor(0.2294)
     """
-    factor = (limit * (1 - share) / (share * (1 - limit))).sqrt()
+    # Where outputs are the same for all data there is nothing to drown: scales stay positive.
+    factor = (limit * (1 - share) / (share * (1 - limit))).sqrt().clamp(min=_LEAST)
     return torch.where(share > limit, factor, torch.ones_like(share))

@@ -82,7 +82,7 @@ def prepare(bound: Bound, options: SSVI, settings: Settings) -> Problem:
         method="ssvi",
         is_sparse=[i in sparse for i in range(len(network.arrays))],
         factory=running.factory,
-        starts=lambda _, starts: effective_starts(layers, options, starts),
+        starts=lambda own, starts: effective_starts(own, layers, options, starts),
     )
     inner = replace(inner, priors=effective_priors(inner, layers, options))
     _check(inner, layers, options)
@@ -98,6 +98,11 @@ def _check(inner: networks.Problem, layers: Sequence[Layer], options: SSVI) -> N
             raise ModelError(
                 f"SSVI(augment={{{name!r}: ...}}): the model has no such covariate. Covariates: {', '.join(covariates)}."
             )
+    if options.addition == "t_like" and options.at == "mean" and not inner.settings.minibatch:
+        raise ModelError(
+            "SSVI(addition='t_like', at='mean') without minibatch=: gradients of all data at the means have no noise to compare "
+            "them with. Take at='draw' or addition='gradient'."
+        )
     needs_prior = options.density == "auto" or "evidence" in (options.removal, options.addition)
     for layer in layers:
         if needs_prior and inner.priors[layer.at].kind == "joint":
@@ -160,8 +165,9 @@ def _step(
     own, still, new = state.inner.runs[run], state.still[run], state.new[run]
     if problem.layers and not is_settled(still) and is_due(problem.plan, own.step):
         made = update(problem, own, batch)
-        free = problem.options.density == "auto"
-        still = 0 if free else stillness(still, made.new)
+        # Sets that are free, or see a divergence whose weight still rises, have not found their places.
+        moving = problem.options.density == "auto" or own.step < problem.inner.rule.warmup
+        still = 0 if moving else stillness(still, made.new)
         return made.state, _info(problem, made.state, made.loss, made.new), still, made.new
     after, info = fit.step(problem.inner, own, batch)
     return after, _with_sets(problem, after, info, new), still, new
@@ -197,15 +203,10 @@ def posterior(problem: Problem, state: State) -> Posterior:
     """The posterior of the best restart; of weights outside its sets nothing is stored."""
     problem.running.take(problem, state.kernels)
     found = results.collect(problem.inner, state.inner)
-    best = _best(state)
-    extra = notes(problem, state.inner.runs[best], state, best, timings(problem))
+    best, _ = results.best(problem.inner, state.inner)
+    extra = notes(problem, best, state, best.run, timings(problem))
     found.diagnostics = replace(found.diagnostics, notes={**found.diagnostics.notes, **extra})
     return found
-
-
-def _best(state: State) -> int:
-    losses = [_rank(run.loss) for run in state.inner.runs]
-    return min(range(len(losses)), key=losses.__getitem__)
 
 
 __all__ = ["density", "describe", "init", "posterior", "prepare", "step", "supports"]

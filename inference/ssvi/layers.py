@@ -31,7 +31,13 @@ def find_layers(network: Network, options: SSVI) -> tuple[Layer, ...]:
             raise ModelError(
                 f"SSVI(dense=...): there is no layer {name!r} with weights.{nearest(name, names)} Layers: {', '.join(names)}."
             )
-    free = [i for i, name in zip(network.weights, names, strict=True) if name not in options.dense]
+    # The outputs of the last layer are what the model reads: no set of outputs may leave one out.
+    last = network.weights[-1:] if options.sets == "output" else ()
+    free = [
+        i
+        for i, name in zip(network.weights, names, strict=True)
+        if name not in options.dense and i not in last
+    ]
     forms = [form_of(network.products[network.arrays[i].uses[0]]) for i in free]
     found = []
     for at, form, count in zip(
@@ -56,18 +62,21 @@ def _counts(shapes: Sequence[tuple[int, ...]], options: SSVI) -> list[int]:
 
 
 def effective_starts(
-    layers: Sequence[Layer], options: SSVI, starts: tuple[Start, ...]
+    network: Network, layers: Sequence[Layer], options: SSVI, starts: tuple[Start, ...]
 ) -> tuple[Start, ...]:
-    """First means and scales by the number of inputs that units have."""
+    """First means and scales by the number of inputs that units have, or of all weights as they were asked for."""
     found = list(starts)
     for layer in layers:
         start = starts[layer.at]
         factor = math.sqrt(layer.form.columns / initial.effective_inputs(layer.form, layer.budget))
-        spread, sd = factor * start.spread, factor * start.sd
-        if options.initial_mean is not None:
-            spread = torch.full_like(start.spread, options.initial_mean)
-            sd = options.initial_sd * spread
-        found[layer.at] = start._replace(spread=spread, sd=sd, unit=factor * start.unit)
+        found[layer.at] = start._replace(
+            spread=factor * start.spread, sd=factor * start.sd, unit=factor * start.unit
+        )
+    if options.initial_mean is None:
+        return tuple(found)
+    for at in network.weights:
+        spread = torch.full_like(found[at].spread, options.initial_mean)
+        found[at] = found[at]._replace(spread=spread, sd=options.initial_sd * spread)
     return tuple(found)
 
 

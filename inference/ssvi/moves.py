@@ -41,7 +41,7 @@ def within_layers(layers: Sequence[Moving], share: float, is_sum: bool = False) 
     Args:
         layers: to update.
         share: of each set, in [0, 1].
-        is_sum: whether scores of weights add up to those of groups.
+        is_sum: whether removal scores of weights add up to those of groups.
     """
     return [
         _weights_moved(layer, share)
@@ -75,8 +75,9 @@ def _groups_moved(layer: Moving, share: float, is_sum: bool) -> Change:
     keep = sets.kept(scores, count)
     gone = torch.isin(structured.group_of(groups, layer.indices), active[~keep])
     shift = layer.shift(gone)
+    adds_up = growth.adds_up(layer.growth)
     grown = structured.top_groups(
-        groups, layer.seen, active[keep], count, layer.growth, is_sum, shift
+        groups, layer.seen, active[keep], count, layer.growth, adds_up, shift
     )
     return structured.as_weights(groups, layer.indices, sets.joined(active, keep, grown.indices))
 
@@ -84,7 +85,8 @@ def _groups_moved(layer: Moving, share: float, is_sum: bool) -> Change:
 def across_layers(layers: Sequence[Moving], share: float) -> list[Change]:
     """Replace a share of all members by one threshold over all layers; their total stays.
 
-    Growth is compared in units of the root mean square of each layer's gradient. Every output unit keeps its best weight.
+    Sizes of gradients are compared in units of their root mean square in each layer; standard errors and evidence have no unit.
+    Every output unit keeps its best weight.
     """
     count = math.floor(share * sum(len(m.indices) for m in layers))
     keeps = _kept_of_all(layers, count)
@@ -94,9 +96,14 @@ def across_layers(layers: Sequence[Moving], share: float) -> list[Change]:
     found = []
     for layer, keep in zip(layers, keeps, strict=True):
         grown = _top(layer, keep, count)
-        unit = growth.root_mean_square(layer.form, layer.seen) or 1.0
-        found.append(Grown(grown.score / unit, grown.indices))
+        found.append(grown._replace(score=grown.score / _unit(layer)))
     return _joined_all(layers, keeps, _best_of_all(found, count))
+
+
+def _unit(layer: Moving) -> float:
+    if layer.growth is not growth.magnitudes:
+        return 1.0
+    return growth.root_mean_square(layer.form, layer.seen) or 1.0
 
 
 def _kept_of_all(layers: Sequence[Moving], count: int) -> list[Tensor]:

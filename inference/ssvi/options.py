@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -63,7 +63,8 @@ class SSVI:
         every: steps between updates; by default a fortieth of the run, at least 20, at most 100.
         until: share of the run after which sets stay.
         sets: what is active as a whole: a ``"weight"``; ``"neuron"``: an input unit or channel; ``"output"``: an output unit or
-            channel; ``"channel"``: an input channel of convolutions; ``"kernel"`` of a convolution; ``"block"``.
+            channel, of all layers but the last; ``"channel"``: an input channel of convolutions; ``"kernel"`` of a convolution;
+            ``"block"``.
         block: of ``"block"``: output units and inputs.
         fresh: scale of new weights: the ``"median"`` of their layer, the ``"mean"`` of its raw parameters, ``"tiny"`` (1e-6) or
             ``"initial"``.
@@ -204,7 +205,14 @@ def _check_numbers(options: SSVI) -> None:
         value = getattr(options, option)
         known = value is None or (isinstance(value, int) and value >= 1)
         _check_range(options, option, known, "a whole number of at least 1")
-    for option in ("warmup", "weight_decay", "momentum"):
+    momentum = options.momentum
+    _check_range(
+        options,
+        "momentum",
+        momentum == 0 or _in(momentum, 0, 1) and momentum != 1,
+        "a share below 1",
+    )
+    for option in ("warmup", "weight_decay"):
         value = getattr(options, option)
         _check_range(options, option, isinstance(value, (int, float)) and value >= 0, "0 or more")
 
@@ -230,6 +238,28 @@ def _check_together(options: SSVI) -> None:
         raise ModelError(
             "SSVI(batches=1): the noise of a gradient is not known from one batch, and addition='t_like' or 'evidence' and "
             "density='auto' need it. Take batches=2 or more."
+        )
+    _check_used(options)
+
+
+def _check_used(options: SSVI) -> None:
+    """Refuse what another option leaves without a say."""
+    default = {f.name: f.default for f in fields(options)}
+    natural = [
+        n for n in ("optimiser", "momentum", "scale_rate") if getattr(options, n) != default[n]
+    ]
+    if options.is_natural and natural:
+        raise ModelError(
+            f"SSVI(estimator='natural', {natural[0]}=...): the natural-gradient step is an optimiser of its own. Leave "
+            f"{natural[0]} out."
+        )
+    free = [
+        n for n in ("removal", "addition") if getattr(options, n) not in (default[n], "evidence")
+    ]
+    if options.density == "auto" and free:
+        raise ModelError(
+            f"SSVI(density='auto', {free[0]}={getattr(options, free[0])!r}): where the evidence decides how many weights there "
+            f"are, it decides which. Leave {free[0]} out, or give a density."
         )
 
 

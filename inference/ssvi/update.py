@@ -256,7 +256,7 @@ def fresh_raw(problem: Problem, state: networks.State, at: int) -> float:
     if kind in ("median", "mean"):
         return float(raw.median() if kind == "median" else raw.mean())
     sd = raw.new_tensor(_TINY) if kind == "tiny" else inner.starts[at].sd.mean()
-    return float(fit.raw_of(inner, sd, state.step))
+    return float(fit.raw_of(inner, sd, state.step + 1))  # the step that they are first read in
 
 
 __all__ = ["Observed", "Updated", "fresh_raw", "members_of", "observe", "relaid", "update"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ppl import Categorical, Normal, given, infer, latent, model, nn, observe, plate
+from ppl import Categorical, Normal, given, infer, latent, model, nn, observe, plate, plates
 from ppl.backend import Settings
 from ppl.inference.networks import fit
 from ppl.inference.networks.estimators import Bias, draw_signs, flipout, local
@@ -135,6 +135,56 @@ def test_outputs_without_random_inputs_are_deterministic_and_their_slopes_finite
     assert float(fixed[1, 1]) != 12.0
     for slope in torch.autograd.grad(y.sum(), [mean, variance]):
         assert bool(slope.isfinite().all())
+
+
+@model
+def pairs():
+    layer = nn.Linear(3, 1, name="fc", bias=False)
+    with plate("row"):
+        z = layer(given("x"))[0]
+    with plate("match"):
+        apart = z[given("a", index="row")] - z[given("b", index="row")]
+        observe("y", Normal(apart, 0.5))
+
+
+@model
+def bag():
+    layer = nn.Linear(3, 1, name="fc", bias=False)
+    with plate("row"):
+        z = layer(given("x"))[0]
+    observe("y", Normal(plates.mean(z, over="row"), 0.5))
+
+
+@model
+def anchored():
+    layer = nn.Linear(3, 1, name="fc", bias=False)
+    zero = layer(given("anchor"))[0]
+    with plate("row"):
+        observe("y", Normal(layer(given("x"))[0] - zero, 0.5))
+
+
+@pytest.mark.parametrize("wish", ["local", "flipout"])
+@pytest.mark.parametrize("program", [pairs, bag, anchored], ids=["pairs", "bag", "anchored"])
+def test_noise_is_shared_where_results_for_several_elements_meet(program, wish):
+    x = 1.0 + 0.1 * torch.randn(5, 3, dtype=torch.float64)
+    a, b, anchor = torch.arange(4), torch.arange(1, 5), torch.ones(3, dtype=torch.float64)
+    known = {
+        pairs: ({"x": x, "a": a, "b": b}, x[a] - x[b]),
+        bag: ({"x": x}, x.mean(0, keepdim=True)),
+        anchored: ({"x": x, "anchor": anchor}, x - anchor),
+    }
+    data, rows = known[program]
+    y = torch.zeros(len(rows)) if program is not bag else torch.tensor(0.0)
+    problem = fit.prepare(program.bind({**data, "y": y}), Settings(Streams(3)), Rule(), wish)
+    assert problem.estimators == ("draw",)
+    assert "meets in one expression" in problem.why[0]
+    (state,) = fit.init(problem).runs
+    found = [fit.step(problem, state._replace(run=i))[1].metrics["nll"] for i in range(500)]
+    found = torch.tensor(found, dtype=torch.float64)
+    squares = (rows @ state.mean).square() + rows.square() @ sds(problem, state).square()
+    constant = torch.distributions.Normal(0.0, 0.5).log_prob(torch.tensor(0.0))
+    expected = (squares / (2 * 0.25) - constant).sum() / problem.examples
+    assert abs(found.mean() - expected) < 4 * found.std() / 500**0.5
 
 
 def test_one_array_used_twice_has_the_same_signs_in_both_uses():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from ppl import (
     HalfNormal,
+    LogNormal,
     Normal,
     NumericalError,
     given,
@@ -21,7 +23,7 @@ from ppl import (
 )
 from ppl.backend import Settings
 from ppl.batches import batches_of
-from ppl.inference.networks import fit, noise
+from ppl.inference.networks import checks, fit, noise, slopes
 from ppl.inference.networks.records import Rule, rate, sds, slices
 from ppl.inference.networks.results import judge
 from ppl.inference.numerics.ivon import curvature_step, total_curvature_step
@@ -221,6 +223,22 @@ def test_the_rate_falls_along_a_cosine_and_a_little_is_left():
     assert rate(Rule(schedule="constant"), 70) == 1.0
 
 
+def test_a_prior_with_a_scale_for_every_weight_starts_at_random_means():
+    scales = torch.linspace(0.5, 2.0, 6, dtype=torch.float64).reshape(2, 3)
+
+    @model
+    def own(varies=False):
+        weight = latent("w", Normal(scales if varies else 0.0, scales))
+        with plate("row"):
+            observe("y", Normal((given("x") @ weight.T).sum(), 0.5))
+
+    problem = run(own, rows(), 0)[0]
+    assert problem.starts[0].spread.tolist() == pytest.approx((2 / 3) ** 0.5)
+    # A law whose locations differ is where it starts, as one that was carried over.
+    problem = run(own(varies=True), rows(), 0)[0]
+    assert torch.equal(problem.starts[0].loc, scales) and float(problem.starts[0].spread) == 0.0
+
+
 def test_noise_and_a_scale_with_a_law_are_learned():
     @model
     def regression():
@@ -309,6 +327,28 @@ def test_weights_that_overflow_name_the_layer():
         fit.step(problem, first, None)
 
 
+def test_the_noise_of_a_step_is_found_again(monkeypatch):
+    seen, of_step = [], []
+    problem, runs = run(line, rows(), 1, draws=2)
+    real = checks.callables
+
+    def recorded(*arguments):
+        seen.append(arguments[3].get_state())
+        return real(*arguments)
+
+    def stepped(*arguments):
+        of_step.append(arguments[3].get_state())
+        return real(*arguments)
+
+    monkeypatch.setattr(slopes, "callables", stepped)
+    monkeypatch.setattr(checks, "callables", recorded)
+    fit.step(problem, runs.runs[0])
+    with pytest.raises(NumericalError, match="all outputs of layers are finite"):
+        checks.check_loss(problem, runs.runs[0], None, math.nan)
+    assert len(seen) == 2
+    assert all(torch.equal(a, b) for a, b in zip(seen, of_step, strict=True))
+
+
 def test_a_rate_that_is_too_large_is_refused_in_words():
     with pytest.raises(NumericalError, match="the loss|gradient"):
         run(line, rows(), 300, optimiser="sgd", learning_rate=10.0)
@@ -327,6 +367,35 @@ def test_the_judge_estimates_the_bound():
     kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum()
     assert abs(found.kl - float(kl)) < 1e-9
     assert abs(found.mean_log_likelihood - float(law.log_prob(data["y"]).sum())) < 1e-9
+
+
+def test_the_divergence_from_a_law_that_reads_a_latent_is_its_mean_over_draws():
+    @model
+    def scaled():
+        s = latent("s", LogNormal(0.0, 1.0))
+        layer = nn.Linear(3, 1, name="fc", bias=False, prior=Normal(0.0, s))
+        with plate("row"):
+            observe("y", Normal(layer(given("x"))[0], 0.5))
+
+    problem, runs = run(scaled, rows(), 1, initial_sd=0.5)
+    (state,) = runs.runs
+    found = [judge(replace(problem, settings=Settings(Streams(i))), state).kl for i in range(30)]
+    sd = sds(problem, state)
+    s, w = (slices(problem, state)[i] for i in _places(problem, "s", "fc.weight"))
+    normal = torch.distributions.Normal
+    own = torch.distributions.kl_divergence(normal(state.mean[s], sd[s]), normal(0.0, 1.0)).sum()
+    # E exp(-2 log s) of a Gaussian log s.
+    inverse = torch.exp(-2 * state.mean[s] + 2 * sd[s].square())
+    squares = (state.mean[w].square() + sd[w].square()).sum()
+    expected = own + 3 * state.mean[s] - sd[w].log().sum() + 0.5 * (squares * inverse - 3)
+    error = torch.tensor(found).std() / 30**0.5
+    assert abs(sum(found) / 30 - float(expected)) < 4 * float(error)
+    assert float(0.5 * squares * (inverse - torch.exp(-2 * state.mean[s]))) > 8 * float(error)
+
+
+def _places(problem, *names):
+    known = [a.name for a in problem.arrays]
+    return [known.index(n) for n in names]
 
 
 def _digits():

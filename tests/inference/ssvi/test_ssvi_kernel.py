@@ -15,10 +15,12 @@ from ppl.inference.auto import choose
 from ppl.inference.networks import records as networks
 from ppl.inference.ssvi import SSVI, kernel
 from ppl.inference.ssvi.beginning import noise_shares
+from ppl.inference.ssvi.initial import shrinkage
 from ppl.inference.ssvi.patterns import KERNELS
 from ppl.inference.ssvi.schedule import is_due
+from ppl.inference.ssvi.sets import Change
 from ppl.inference.ssvi.structured import group_of, members
-from ppl.inference.ssvi.update import update
+from ppl.inference.ssvi.update import relaid, update
 from ppl.models.bnn import classifier
 from ppl.streams import Streams
 
@@ -165,6 +167,14 @@ def test_sparse_rows_and_masks_are_the_same_run(estimator):
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
 
 
+def test_sets_settle_only_after_the_warmup():
+    problem, state, batches = started(SSVI(density=0.2, rate=0.001, every=5, warmup=30), steps=80)
+    state, _ = walked(problem, state, batches, 30)
+    assert state.still == (0,)  # nothing was new five times in a row
+    state, _ = walked(problem, state, batches, 11, first=30)
+    assert state.still == (3,)
+
+
 def test_snr_of_the_absolute_value_is_the_same_run():
     ends = []
     for removal in ("snr", "snr_abs"):
@@ -309,6 +319,13 @@ def test_groups_move_as_a_whole(sets, net):
     assert moved or sets in ("channel", "kernel")  # a linear layer has neither; LeNet few channels
 
 
+def test_sets_of_outputs_leave_the_last_layer_whole():
+    problem, state, _ = started(SSVI(density=0.3, sets="output"), classifier(hidden=(24, 16)))
+    last = problem.inner.network.weights[-1]
+    assert last not in [layer.at for layer in problem.layers] and problem.layers
+    assert len(state.inner.runs[0].indices[last]) == 0  # dense
+
+
 def test_noise_is_small_at_the_start_whatever_the_first_scale():
     problem, state, _ = started(SSVI(density=0.3, initial_sd=3.0))
     shares = noise_shares(problem, state.inner.runs[0])
@@ -330,6 +347,35 @@ def test_first_means_and_the_prior_count_the_inputs_that_are_there():
         SSVI(density=0.1), classifier(classes=3, hidden=(8,), prior=nn.isotropic(0.3))
     )
     assert float(fixed.inner.priors[0].normal(None)[1]) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("density", [0.2, 1.0])
+def test_a_spread_of_first_means_holds_for_dense_layers_too(density):
+    problem, state, _ = started(SSVI(density=density, dense=("fc2",), initial_mean=0.01))
+    run = state.inner.runs[0]
+    wheres = networks.slices(problem.inner, run)
+    for at in problem.inner.network.weights:
+        assert float(run.mean[wheres[at]].std()) == pytest.approx(0.01, rel=0.35)
+
+
+def test_the_report_is_that_of_the_restart_that_is_kept():
+    problem, state, _ = started(SSVI(density="auto"), restarts=2)
+    few, many = state.inner.runs
+    # The second has the higher loss, and with its divergence the lower objective.
+    changes = {y.at: Change(many.indices[y.at][:5], torch.arange(5)) for y in problem.layers}
+    many = relaid(problem, many, changes)
+    runs = (few._replace(loss=1.0, kl=1e4), many._replace(loss=1.1, kl=1.0))
+    fitted = kernel.posterior(problem, state._replace(inner=networks.Runs(runs)))
+    kept = sum(len(fitted.support[problem.inner.arrays[y.at].name]) for y in problem.layers)
+    assert kept == 5 * len(problem.layers)
+    assert fitted.diagnostics.notes["active"].startswith(f"{kept} of ")
+
+
+def test_scales_stay_positive_where_outputs_are_the_same_for_all_data():
+    assert float(shrinkage(torch.tensor(1.0))) > 0
+    data = digits()
+    state = started(SSVI(density=0.2), data={**data, "x": torch.ones_like(data["x"])})[1]
+    assert bool(state.inner.runs[0].raw.isfinite().all())
 
 
 # ---- memory, checkpoints, errors ---------------------------------------------------------------------------------
@@ -419,12 +465,23 @@ def test_restarts_have_sets_of_their_own():
         ({"density": "auto", "batches": 1}, "not known from one batch"),
         ({"dense": ("fc9",)}, "no layer 'fc9'"),
         ({"rate": -1.0}, "rate"),
+        ({"momentum": 1.0}, "momentum"),
         ({"augment": {"picture": torch.flip}}, "no such covariate"),
+        ({"estimator": "natural", "optimiser": "sgd"}, "Leave optimiser out"),
+        ({"estimator": "natural", "scale_rate": 0.1}, "Leave scale_rate out"),
+        ({"density": "auto", "removal": "magnitude"}, "Leave removal out"),
+        ({"density": "auto", "addition": "t_like"}, "Leave addition out"),
     ],
 )
 def test_options_are_refused_in_words(options, message):
     with pytest.raises(ModelError, match=message):
         started(SSVI(**options))
+
+
+def test_a_score_of_noise_needs_noise():
+    with pytest.raises(ModelError, match="no noise to compare"):
+        started(SSVI(addition="t_like", at="mean"), minibatch=None)
+    started(SSVI(addition="t_like", at="mean"))
 
 
 def test_what_has_no_layers_is_refused():

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ppl.errors import NumericalError
-from ppl.inference.ssvi import moves, sets
-from ppl.inference.ssvi.growth import Seen, dense_gradient, magnitudes
+from ppl.inference.ssvi import moves, sets, structured
+from ppl.inference.ssvi.growth import Seen, dense_gradient, gains, magnitudes, t_like
 from ppl.inference.ssvi.moves import Moving
 from ppl.inference.ssvi.patterns import Form
 
@@ -98,6 +98,40 @@ def test_a_shared_budget_keeps_its_total_and_every_output_unit():
         assert sum(len(i) for i in index) == total
         sizes.add(len(index[0]))
     assert len(sizes) > 1  # the budget does move between layers
+
+
+def test_gradients_are_compared_between_layers_by_size_and_standard_errors_as_they_are():
+    generator = torch.Generator().manual_seed(2)
+    form, index = Form("linear", (4, 50)), torch.arange(0, 200, 10)
+
+    def layer(scale, signal, score):
+        batches = []
+        for _ in range(8):
+            x = torch.randn(20, 50, generator=generator, dtype=torch.float64)
+            g = torch.randn(20, 4, generator=generator, dtype=torch.float64)
+            batches.append([Seen(form, x, scale * (g + signal * x.mean(1, keepdim=True)))])
+        return Moving(form, None, index, torch.arange(20.0).double(), batches, score)
+
+    # The first layer has signals, the second gradients a thousand times smaller, all noise.
+    told, noise = moves.across_layers([layer(1.0, 9.0, t_like), layer(1e-3, 0.0, t_like)], 0.5)
+    assert told.new > 2 * noise.new
+    # Without signals, sizes are compared in units of each layer.
+    a, b = moves.across_layers([layer(1.0, 0.0, magnitudes), layer(1e-3, 0.0, magnitudes)], 0.5)
+    assert min(a.new, b.new) > 3
+
+
+def test_groups_grow_by_the_sum_of_their_gains_whatever_removes_them():
+    form = Form("linear", (2, 4))
+    groups = structured.groups_of("neuron", form)
+    seen = Seen(form, torch.tensor([[1.0, 0.0, 0.0, 3.0]]), torch.tensor([[0.1, 0.1]]))
+    index = structured.members(groups, torch.tensor([0, 1]))
+    layer = Moving(
+        form, groups, index, torch.tensor([2.0, 1.0] * 2), [[seen]], gains(100, 1.0, 1.0)
+    )
+    for is_sum in (False, True):
+        (change,) = moves.within_layers([layer], 0.5, is_sum)
+        # Inputs 1 and 2 promise a loss of evidence, whose square is large.
+        assert structured.group_of(groups, change.indices).unique().tolist() == [0, 3]
 
 
 def test_cover_rows_gives_every_unit_an_input_at_the_same_size():
