@@ -61,6 +61,8 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	@set -e; for script in $(BENCHMARKS); do echo "# $$script"; $(PY) $$script; done
+	@set -e; for table in step_time uci images cifar; do echo "# networks $$table"; \
+	    $(PY) benchmarks/networks $$table; done
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

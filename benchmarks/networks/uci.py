@@ -130,7 +130,7 @@ def point(table: Table, width: int, seed: int) -> Row:
     return {
         "rmse": rmse,
         "log_likelihood": density,
-        "noise": float(loss.log_noise.exp()),
+        "noise": float(loss.log_noise.detach().exp()),
         "seconds": seconds,
     }
 
