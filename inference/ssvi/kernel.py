@@ -118,6 +118,12 @@ def _horizon(examples: int, settings: Settings) -> int:
     return max(_LEAST_STEPS, _EPOCHS * math.ceil(examples / size))
 
 
+def _point_rate(options: SSVI, mean: float) -> float:
+    """The rate of params: that of means where both are in the same unit."""
+    is_given = options.learning_rate is not None and not options.is_natural
+    return mean if options.optimiser == "sgd" or is_given else Rule.point_rate
+
+
 def _rule(options: SSVI, steps: int) -> Rule:
     mean, scale = options.rates
     warmup = options.warmup * steps if options.warmup < 1 else options.warmup
@@ -126,7 +132,7 @@ def _rule(options: SSVI, steps: int) -> Rule:
         optimiser=options.optimiser,
         learning_rate=mean,
         scale_rate=scale,
-        point_rate=mean if options.optimiser == "sgd" else Rule.point_rate,
+        point_rate=_point_rate(options, mean),
         momentum=options.momentum,
         weight_decay=options.weight_decay,
         schedule=options.schedule,

@@ -73,8 +73,8 @@ class SSVI:
         prior_inputs: laws of variance ``1 / inputs`` (:func:`ppl.nn.fan_in`, the default of layers, and :func:`ppl.nn.laplace`)
             count the ``"active"`` inputs that units have at the start, or ``"all"``.
         prior_inclusion: of ``density="auto"``: prior probability that a weight is active. A ``spike_slab`` prior has its own.
-        learning_rate: of means. Of Adam in units of ``inputs ** -0.5`` with the inputs that units have at the start, 0.05 by
-            default; of SGD plain, 0.01; of ``"natural"`` the share of a Newton step, 0.05.
+        learning_rate: of means, and but for ``"natural"`` of params. Of Adam in units of ``inputs ** -0.5`` with the inputs that
+            units have at the start, 0.05 by default; of SGD plain, 0.01; of ``"natural"`` the share of a Newton step, 0.05.
         scale_rate: of raw scales: 0.05 for Adam, 0.01 for SGD.
         optimiser: ``"adam"`` or ``"sgd"``.
         momentum: of SGD.

@@ -554,3 +554,16 @@ def test_updates_see_the_data_as_steps_do():
     problem, state, batches = started(SSVI(density=0.2, augment={"x": flip}))
     update(problem, state.inner.runs[0], batches.at(0))
     assert calls == [40]
+
+
+@pytest.mark.parametrize(
+    ("options", "rate"),
+    [
+        ({}, 0.05),
+        ({"learning_rate": 0.01}, 0.01),
+        ({"estimator": "natural", "learning_rate": 0.2}, 0.05),
+    ],
+)
+def test_the_rate_of_params_is_that_of_means_where_units_are_the_same(options, rate):
+    problem, _, _ = started(SSVI(density=0.3, **options))
+    assert problem.inner.rule.point_rate == rate
