@@ -185,9 +185,11 @@ _COLUMNS = (
 
 def tables(rows: Sequence[Row]) -> str:
     """A table for each set and net, a row a method."""
+    order = [PLAIN, *methods()]
+    rows = sorted(rows, key=lambda r: order.index(r["method"]))
     parts = []
-    for name in dict.fromkeys(r["set"] for r in rows):
-        for net in dict.fromkeys(r["net"] for r in rows if r["set"] == name):
+    for name in SETS:
+        for net in (n for n in NETS if any((r["set"], r["net"]) == (name, n) for r in rows)):
             own = [r for r in rows if r["set"] == name and r["net"] == net]
             lines = []
             for method in dict.fromkeys(r["method"] for r in own):

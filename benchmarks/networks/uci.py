@@ -153,7 +153,7 @@ def run(sets: Sequence[str], methods: Sequence[str], splits: int, file: Path) ->
 
 def tables(rows: Sequence[Row]) -> str:
     """Both scores, a row a set and a column a method."""
-    methods = list(dict.fromkeys(r["method"] for r in rows))
+    methods = [m for m in (PLAIN, *METHODS) if any(r["method"] == m for r in rows)]
     parts = []
     for score, place, digits in (("log_likelihood", 1, 2), ("rmse", 0, 3)):
         lines = []

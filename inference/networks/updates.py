@@ -26,7 +26,7 @@ from ppl.inference.networks.records import (
 )
 from ppl.inference.numerics.ivon import MOMENTUM, total_curvature_step
 
-_STRETCH = 2**15  # numbers in one
+_STRETCH = 2**17  # numbers in one: fewer calls count for more than a nearer cache
 _FIRST, _SECOND, _LEAST = 0.9, 0.999, 1e-8  # of Adam
 # Share of a new curvature in the average: at most, times the number of steps later, and at least.
 _SHARE, _LATE, _LEAST_SHARE = 0.05, 4.0, 1e-5
