@@ -20,6 +20,7 @@ from ppl.nn.structure import examples
 
 _EPOCHS, _LEAST = 20, 2000  # of a run, and steps at least
 _WARMUP = 0.5  # share of a run
+_NATURAL_RATE = 0.05  # with twice as much, convolutional networks are lost in the first steps
 _WISHES = {"auto": "local", "local": "local", "flipout": "flipout"}
 
 
@@ -89,7 +90,9 @@ def prepare(bound: Bound, options: VI, settings: Settings) -> Problem:
 def rule_of(bound: Bound, options: VI, settings: Settings) -> Rule:
     """How steps are taken."""
     natural, sgd = options.estimator == "natural", options.optimiser == "sgd"
-    rate, steps = options.rate, horizon(bound, settings)
+    steps, rate = horizon(bound, settings), options.rate
+    if natural and options.learning_rate is None:
+        rate = _NATURAL_RATE
     return Rule(
         natural=natural,
         optimiser=options.optimiser,

@@ -45,8 +45,8 @@ class VI:
         draws: independent estimates of the bound that a step averages; even numbers come in antithetic pairs. 8 by default, 1
             for several particles and for networks, whose draws are all independent.
         learning_rate: of Adam or SGD, in prior standard deviations and in logs of scales; of ``"natural"`` the share of a Newton
-            step. 0.05 by default, 0.1 for ``"natural"``. Of networks: Adam's in units of ``inputs ** -0.5`` of a layer, SGD's
-            plain.
+            step. 0.05 by default, 0.1 for ``"natural"``, 0.05 for that of networks. Of networks: Adam's in units of
+            ``inputs ** -0.5`` of a layer, SGD's plain.
         optimiser: ``"adam"`` or ``"sgd"``.
         settle: shrink the step when only noise is left, and average the last iterates; of networks, shrink it along a cosine
             over the run. False: a constant step.
