@@ -84,7 +84,7 @@ def test_a_reduced_net_is_fitted_with_the_published_settings():
     g = torch.Generator().manual_seed(0)
     data = {"x": torch.randn(256, 3, 32, 32, generator=g), "label": torch.arange(256) % 10}
     effort = cifar.Size({"net": "lenet"}, None, None, 2)
-    row = cifar.fit(data, data, "ssvi 0.1, as published", effort, None)
+    row = cifar.fit(data, data, cifar.methods()["ssvi 0.1, as published"], effort, None)
     assert 0.1 < row["density"] < 0.2  # the first and the last layer keep more
     assert math.isfinite(row["nll"]) and row["accuracy"] <= 1
     assert "ssvi 0.1" in cifar.table([{"method": "ssvi 0.1", **row}])
