@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     head = f"`{' '.join(['python benchmarks/networks', *(arguments or sys.argv[1:])])}`"
     threads = f"torch {torch.__version__}, {options.threads} of {os.cpu_count()} cores"
     written = f"# {_TITLES[options.table]}\n\n{head}, {threads}\n\n{text}\n"
+    name += f"_{options.size}" if options.table in ("images", "cifar") else ""
     (options.output / f"{name}.md").write_text(written, encoding="utf-8")
     print("\n" + text)
 

@@ -42,5 +42,5 @@ def test_mnist_reaches_the_acceptance_figures(estimator):
     accuracy, nll = _fitted(split, (256, 256), 256, 1880, **settings)
     static, _ = _fitted(split, (256, 256), 256, 1880, rate=0.0, **settings)
     assert accuracy >= 0.960 and nll <= 0.125
-    # Over three seeds the gain is 1.0 points, with a standard error of 0.1: benchmarks/results/networks_images.md.
+    # Over three seeds the gain is 1.0 points, with a standard error of 0.1: benchmarks/results/networks_images_cpu.md.
     assert accuracy >= static + 0.005
