@@ -127,7 +127,7 @@ def reasons(graph: Graph) -> list[tuple[str, str, str]]:
 
 
 def _reason(graph: Graph, v: Variable, data: frozenset[str]) -> tuple[str, str, str] | None:
-    remedy = "Leave estimator= out, or use method='vi'."
+    remedy = "Use method='vi' without estimator=."
     if v.is_discrete:
         return v.name, "is a discrete latent beside a network.", remedy
     inside = [p for p in v.plates if p in data and not _is_around(graph, p)]

@@ -194,6 +194,22 @@ def _padded(c: Compiler, part: Operand, plate: str) -> Operand:
     return part._replace(slot=c.emit(partial(sums.zero_first, at), part.slot))
 
 
+def _transition(
+    c: Compiler, factor: Factor, law: Law, setting: Setting
+) -> tuple[list[Operand], Operand] | None:
+    """What a state differs from its mean by, and the standard deviation, while later elements are compiled."""
+    assert c.along is not None
+    value = c.variable(factor.name, "next", c.along)
+    loc, scale = law.arguments
+    if value.event_ndim or event_of(c, loc) or event_of(c, scale):
+        return None
+    spread = c.operand(scale)
+    parts = parts_of(c, [(1, value), *summands(c, loc, -1)], setting)
+    if parts is None or spread.edges or lifts(c, [*parts, spread]):
+        return None
+    return parts, spread
+
+
 def moves(c: Compiler, factor: Factor, law: Law, setting: Setting) -> list[Piece] | None:
     """The transition of a latent chain whose steps are Normal with a sum of parts as its mean."""
     assert factor.chain is not None
@@ -206,14 +222,10 @@ def moves(c: Compiler, factor: Factor, law: Law, setting: Setting) -> list[Piece
     if beside:  # its sum would join the factors before the chain sees them
         return None
     with c._later(plate):
-        value = c.variable(factor.name, "next", plate)
-        loc, scale = law.arguments
-        if value.event_ndim or event_of(c, loc) or event_of(c, scale):
+        found = _transition(c, factor, law, setting)
+        if found is None:
             return None
-        spread = c.operand(scale)
-        parts = parts_of(c, [(1, value), *summands(c, loc, -1)], setting)
-        if parts is None or spread.edges or lifts(c, [*parts, spread]):
-            return None
+        parts, spread = found
         # The two states of the chain first: their factor takes the constant, which the first element has not.
         parts.sort(key=lambda p: not {own[0], own[0] + "'"} & set(p.axes))
         if any(plate not in p.axes for p in parts) or plate in spread.axes:
@@ -228,14 +240,10 @@ def steps(c: Compiler, factor: Factor, law: Law, setting: Setting) -> list[Piece
     if type(law.family) is not Normal or c._mask(factor) is not None or plate == setting.apart:
         return None
     with c._later(plate):
-        value = c.variable(factor.name, "next", plate)
-        loc, scale = law.arguments
-        if value.event_ndim or event_of(c, loc) or event_of(c, scale):
+        found = _transition(c, factor, law, setting)
+        if found is None:
             return None
-        spread = c.operand(scale)
-        parts = parts_of(c, [(1, value), *summands(c, loc, -1)], setting)
-        if parts is None or spread.edges or lifts(c, [*parts, spread]):
-            return None
+        parts, spread = found
         if plate in spread.axes and any(is_particle(a, setting) for a in spread.axes):
             return None
         return [_normal_sum(c, factor, parts, spread, plate, setting)]

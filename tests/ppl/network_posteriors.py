@@ -8,11 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl import Posterior
+from ppl import Categorical, Posterior, given, model, nn, observe, plate
 from ppl.marginals import Gaussian, SparseGaussian
 from ppl.posterior import Independent
 
 Change = Callable[[Tensor], None]
+
+
+@model
+def normalised():
+    """Two layers with a batch norm between them."""
+    net = nn.Sequential(
+        nn.Linear(4, 3, name="fc1"), nn.BatchNorm(3, name="bn"), nn.Linear(3, 2, name="fc2")
+    )
+    with plate("row"):
+        observe("label", Categorical(logits=net(given("x"))))
 
 
 def network_posterior(

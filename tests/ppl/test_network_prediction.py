@@ -34,7 +34,7 @@ from ppl import (
     predictive,
 )
 from ppl.models.bnn import classifier, regression
-from tests.ppl.network_posteriors import network_posterior
+from tests.ppl.network_posteriors import network_posterior, normalised
 
 
 def images(rows=7, classes=3, size=6):
@@ -324,15 +324,6 @@ def test_memory_does_not_grow_with_draws_and_data(monkeypatch, many):
 
 
 # ---- statistics of batches, files, other backends ----------------------------------------------------------------------
-
-
-@model
-def normalised():
-    net = nn.Sequential(
-        nn.Linear(4, 3, name="fc1"), nn.BatchNorm(3, name="bn"), nn.Linear(3, 2, name="fc2")
-    )
-    with plate("row"):
-        observe("label", Categorical(logits=net(given("x"))))
 
 
 def test_statistics_of_batch_norms_go_where_the_posterior_goes(tmp_path):

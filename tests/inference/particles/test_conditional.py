@@ -41,22 +41,7 @@ from ppl.inference.particles.parents import draw_index
 from ppl.inference.particles.tilted import _cumulants
 from ppl.inference.qem import QEM, init, prepare, step
 from ppl.streams import Streams
-
-
-@model
-def hierarchy():
-    """Two levels; houses are ragged over counties."""
-    county = plate("county")
-    house = plate("house", within=county)
-    mean = latent("mean", Normal(0.0, 1.0))
-    with county:
-        level = latent("level", Normal(mean, 0.7))
-    with house:
-        effect = latent("effect", Normal(level, 0.5))
-        observe("y", Normal(effect, 1.0))
-
-
-RAGGED = {"county": [0, 1, 1, 2, 2], "y": [0.3, 1.2, 0.7, -0.4, 2.0]}
+from tests.inference.particles.ragged_houses import RAGGED, hierarchy
 
 
 @model

@@ -18,26 +18,12 @@ from ppl.inference.particles.problem import describe
 from ppl.inference.particles.tempering import effective_shares
 from ppl.inference.qem import QEM, init, prepare, step
 from ppl.streams import Streams
+from tests.inference.particles.ragged_houses import COUNTY, RAGGED, hierarchy
 
 NESTED = Tilted(index="nested")
 norm = stats.norm.logpdf
 
 
-@model
-def hierarchy():
-    """Two levels; houses are ragged over counties."""
-    county = plate("county")
-    house = plate("house", within=county)
-    mean = latent("mean", Normal(0.0, 1.0))
-    with county:
-        level = latent("level", Normal(mean, 0.7))
-    with house:
-        effect = latent("effect", Normal(level, 0.5))
-        observe("y", Normal(effect, 1.0))
-
-
-COUNTY = [0, 1, 1, 2, 2]
-RAGGED = {"county": COUNTY, "y": [0.3, 1.2, 0.7, -0.4, 2.0]}
 Y = np.array(RAGGED["y"])
 
 

@@ -30,7 +30,7 @@ from ppl import (
     plate,
 )
 from ppl.models.bnn import classifier, regression
-from tests.ppl.network_posteriors import network_posterior
+from tests.ppl.network_posteriors import network_posterior, normalised
 
 
 def images(rows=4, size=12, channels=1, classes=3):
@@ -156,14 +156,6 @@ def test_a_law_of_two_arguments_is_a_named_tuple():
 
 
 def test_statistics_of_batches_are_buffers():
-    @model
-    def normalised():
-        net = nn.Sequential(
-            nn.Linear(4, 3, name="fc1"), nn.BatchNorm(3, name="bn"), nn.Linear(3, 2, name="fc2")
-        )
-        with plate("row"):
-            observe("label", Categorical(logits=net(given("x"))))
-
     x = torch.randn(5, 4, dtype=torch.float64)
     posterior = network_posterior(normalised, {"x": x, "label": [0, 1, 0, 1, 0]})
     mean = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
