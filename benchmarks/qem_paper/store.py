@@ -71,8 +71,8 @@ class Store:
 
 def _record(trace: Trace) -> dict[str, Any]:
     return {
-        "log_evidence": [round(x, 3) for x in trace.log_evidence],
-        "seconds": [round(x, 6) for x in trace.seconds],
+        "log_evidence": list(trace.log_evidence),
+        "seconds": list(trace.seconds),
         "predicted": trace.predicted,
         "errors": trace.errors,
     }
