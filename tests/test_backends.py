@@ -11,12 +11,11 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 from ppl import (
-    Bernoulli,
-    Beta,
     Categorical,
     Flat,
     HalfNormal,
     Markov,
+    ModelError,
     Normal,
     UnsupportedError,
     backend,
@@ -31,23 +30,11 @@ from ppl import (
 )
 from ppl.backend import Settings
 from ppl.streams import Streams
+from tests.conjugate import coin
+from tests.small_programs import autoregression, line
 
 NAMES = ("exact", "qem", "laplace", "gbp", "amp", "vi", "rws", "ssvi")
 OPTIONS = {"ssvi": {"density": 1.0}}  # all weights, for the oracles know no sets
-
-
-@model
-def coin():
-    bias = latent("bias", Beta(2.0, 2.0))
-    with plate("toss"):
-        observe("heads", Bernoulli(bias))
-
-
-@model
-def regression():
-    base, slope = latent("base", Normal(0.0, 3.0)), latent("slope", Normal(0.0, 3.0))
-    with plate("row"):
-        observe("y", Normal(base + slope * given("x"), 0.5))
 
 
 @model
@@ -67,13 +54,6 @@ def mixture():
     with plate("point"):
         z = latent("z", Categorical(torch.tensor([0.3, 0.7]), over=component))
         observe("x", Normal(centre[z], 1.0))
-
-
-@model
-def walk():
-    with plate("t", ordered=True):
-        level = latent("level", Markov(Normal(0.0, 1.0), lambda before: Normal(0.8 * before, 0.6)))
-        observe("y", Normal(level, 0.7))
 
 
 @model
@@ -110,14 +90,14 @@ def layer():
 ROWS = torch.randn(12, 3, generator=torch.Generator().manual_seed(1)).double()
 DESIGN = torch.randn(24, 12, generator=torch.Generator().manual_seed(0)).double() / 24**0.5
 GRAPHS = {
-    "coin": (coin, {"heads": [1, 0, 1, 1, 1]}),
-    "regression": (regression, {"x": [-1.0, 0.0, 0.5, 2.0], "y": [0.1, 0.9, 1.6, 3.2]}),
+    "coin": (coin(heads=2.0, tails=2.0), {"heads": [1, 0, 1, 1, 1]}),
+    "line": (line, {"x": [-1.0, 0.0, 0.5, 2.0], "y": [0.1, 0.9, 1.6, 3.2]}),
     "groups": (
         groups,
         {"score": [2.0, 1.0, 0.1, 4.0, 3.0, float("nan")], "school": list("aabbbc")},
     ),
     "mixture": (mixture, {"x": [-2.0, 0.5, 3.0], "centre": [-2.0, 2.0]}),
-    "walk": (walk, {"y": [0.3, 0.9, -0.2, 0.4, 1.0]}),
+    "series": (autoregression, {"y": [0.3, 0.9, -0.2, 0.4, 1.0]}),
     "hidden markov": (hidden_markov, {"y": [0.2, -0.5, 2.7, 3.5, 3.0, 0.1]}),
     "mixing": (mixing, {"design": DESIGN, "y": DESIGN @ torch.linspace(-2.0, 2.0, 12).double()}),
     "layer": (layer, {"x": ROWS, "y": 0.3 + ROWS @ torch.tensor([0.5, -0.4, 0.0]).double()}),
@@ -129,20 +109,20 @@ GRAPHS = {
 FITS = {
     "exact": dict.fromkeys(GRAPHS, (1e-8, 1e-8, 1e-8)),
     "qem": dict.fromkeys(set(GRAPHS) - {"mixing"}, (0.15, 0.15, 0.02)),
-    "laplace": dict.fromkeys(("regression", "walk", "mixing", "layer"), (1e-6, 1e-6, 1e-6)),
+    "laplace": dict.fromkeys(("line", "series", "mixing", "layer"), (1e-6, 1e-6, 1e-6)),
     "gbp": {
-        "regression": (1e-3, None, None),
-        "walk": (1e-6, 1e-6, 1e-6),
+        "line": (1e-3, None, None),
+        "series": (1e-6, 1e-6, 1e-6),
         "mixing": (1e-2, None, None),
     },
     # One variance for all coefficients: right on average only.
-    "amp": {"regression": (1e-3, None, None), "mixing": (1e-3, 0.3, None)},
+    "amp": {"line": (1e-3, None, None), "mixing": (1e-3, 0.3, None)},
     # Mean field: scales of conditionals, and a bound that lies below the evidence by as much as they leave out.
     "vi": {
         "coin": (0.15, 0.15, 0.02),
-        "regression": (0.05, 0.15, 0.08),
+        "line": (0.05, 0.15, 0.08),
         "mixture": (1e-8, 1e-8, 1e-8),
-        "walk": (0.05, None, 0.4),
+        "series": (0.05, None, 0.4),
         "hidden markov": (1e-8, 1e-8, 1e-8),
         "mixing": (0.05, None, 1.0),
         "layer": (0.1, None, 0.5),
@@ -176,6 +156,26 @@ def test_a_backend_is_a_module_with_six_names(method):
         assert inspect.isfunction(getattr(module, name)), name
     assert dataclasses.is_dataclass(module.Options) and module.Options.__dataclass_params__.frozen
     module.Options()  # every field has a default
+
+
+@pytest.mark.parametrize(
+    ("method", "idle", "beside"),
+    [
+        ("gbp", {"active": 0.5}, {"schedule": "residual"}),
+        ("gbp", {"rows": {"y": [True]}}, {"schedule": "attention"}),
+        ("gbp", {"threshold": 0.5, "relinearise": 1, "cure": False}, {"relinearise": "jit"}),
+        ("gbp", {"graduated": 1.0, "graduated_steps": 9}, {"graduated": 4.0}),
+        ("laplace", {"damping": 0.1, "optimiser": "dogleg"}, {"optimiser": "lm"}),
+        ("laplace", {"draws": 10, "solver": "superlu"}, {"solver": "cg"}),
+        ("vi", {"rank": 2}, {"family": "low_rank"}),
+        ("ssvi", {"momentum": 0.5}, {"optimiser": "sgd"}),
+    ],
+)
+def test_an_option_that_others_leave_without_a_say_is_refused(method, idle, beside):
+    make = backend.load(method).Options
+    with pytest.raises(ModelError, match=r"\(.*=...\) is an option of .*Leave it out"):
+        make(**idle)
+    make(**{**idle, **beside})
 
 
 @pytest.mark.parametrize(("method", "graph"), PAIRS)

@@ -7,8 +7,6 @@ import torch
 
 from ppl import (
     SE2,
-    Bernoulli,
-    Beta,
     ConcentratedNormal,
     Flat,
     HalfNormal,
@@ -27,13 +25,7 @@ from ppl import (
     plate,
 )
 from ppl.inference.auto import choose
-
-
-@model
-def coin():
-    bias = latent("bias", Beta(1.0, 1.0))
-    with plate("toss"):
-        observe("heads", Bernoulli(bias))
+from tests.conjugate import coin
 
 
 @model
@@ -76,7 +68,7 @@ def schools():
 
 EDGES = {"i": [0, 1], "j": [1, 2], "z": torch.zeros(2, 3)}
 CASES = {
-    "exact": (coin, {"heads": [1, 0]}, {}, "integrated exactly"),
+    "exact": (coin(heads=1.0, tails=1.0), {"heads": [1, 0]}, {}, "integrated exactly"),
     "laplace": (smooth, {"y": torch.zeros(20_000)}, {}, "Gaussian and linear"),
     "amp": (sparse, {"A": torch.zeros(50, 300), "y": torch.zeros(50)}, {}, "one linear map"),
     "qem": (schools, {"y": [1.0, 2.0, 3.0]}, {}, "particles"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +14,8 @@ from scipy import stats
 import ppl
 from ppl import (
     SO2,
-    Bernoulli,
-    Beta,
     Categorical,
     ConcentratedNormal,
-    Exponential,
     Flat,
     Gamma,
     HalfCauchy,
@@ -42,6 +38,10 @@ from ppl import (
 )
 from ppl.errors import NumericalError
 from ppl.inference.auto import choose
+from tests import conjugate
+from tests.data_files import data_file
+from tests.small_programs import autoregression
+from tests.smoothers import autoregression_smoother, forward_backward, normal_log_likelihood
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,29 +59,20 @@ def close(got, expected, tol=1e-6):
 # ---- one conjugate number ------------------------------------------------------------------------
 
 
-@model
-def normal_mean():
-    mu = latent("mu", Normal(1.0, 2.0))
-    with plate("item"):
-        observe("y", Normal(mu, 0.5))
-
-
 def test_normal_mean_is_in_closed_form():
-    y = np.array([0.3, 1.2, -0.4])
-    posterior = exact(normal_mean, {"y": y})
-    joint = stats.multivariate_normal(np.ones(3), 0.25 * np.eye(3) + 4.0)
-    precision = 1 / 4 + 3 / 0.25
-    close(posterior.log_evidence.value, joint.logpdf(y), 1e-12)
-    close(posterior.mean("mu"), (1 / 4 + y.sum() / 0.25) / precision, 1e-12)
-    close(posterior.sd("mu"), precision**-0.5, 1e-12)
+    case = conjugate.normal([0.3, 1.2, -0.4])
+    posterior = exact(case.program, case.data)
+    close(posterior.log_evidence.value, case.evidence, 1e-12)
+    close(posterior.mean("mean"), case.law.mean(), 1e-12)
+    close(posterior.sd("mean"), case.law.std(), 1e-12)
     assert posterior.log_evidence.kind == "exact" and posterior.log_evidence.se == 0
 
 
 def test_missing_entries_drop_out():
-    full = exact(normal_mean, {"y": [0.3, -0.4]})
-    holes = exact(normal_mean, {"y": [0.3, math.nan, -0.4]})
+    full = exact(conjugate.normal_mean, {"y": [0.3, -0.4]})
+    holes = exact(conjugate.normal_mean, {"y": [0.3, math.nan, -0.4]})
     close(holes.log_evidence.value, full.log_evidence.value, 1e-12)
-    close(holes.mean("mu"), full.mean("mu"), 1e-12)
+    close(holes.mean("mean"), full.mean("mean"), 1e-12)
 
 
 @pytest.mark.parametrize("form", ["covariance_matrix", "precision_matrix", "scale_tril"])
@@ -110,60 +101,21 @@ def test_vectors_that_are_there_in_part_have_their_marginal_law(form):
     close(posterior.sd("mu"), (4.0 - 4.0 * gain.sum()) ** 0.5, 1e-12)
 
 
-@model
-def coin():
-    bias = latent("bias", Beta(2.0, 3.0))
-    with plate("toss"):
-        observe("heads", Bernoulli(bias))
+CONJUGATE = {
+    "beta-bernoulli": conjugate.bernoulli([1, 1, 0, 1]),
+    "gamma-poisson": conjugate.poisson([3, 0, 7], concentration=2.0, rate=0.5),
+    "gamma-exponential": conjugate.exponential([0.2, 1.5, 3.1]),
+}
 
 
-@model
-def counts():
-    rate = latent("rate", Gamma(2.0, 0.5))
-    with plate("item"):
-        observe("count", Poisson(rate))
-
-
-@model
-def waits():
-    rate = latent("rate", Gamma(3.0, 2.0))
-    with plate("item"):
-        observe("wait", Exponential(rate))
-
-
-def _log_beta(a, b):
-    return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
-
-
-def _gamma_evidence(a, b, a1, b1):
-    return a * math.log(b) - math.lgamma(a) + math.lgamma(a1) - a1 * math.log(b1)
-
-
-CONJUGATE = [
-    pytest.param(
-        coin, {"heads": [1, 1, 0, 1]}, "bias", stats.beta(5, 4), _log_beta(5, 4) - _log_beta(2, 3),
-        id="beta-bernoulli",
-    ),
-    pytest.param(
-        counts, {"count": [3, 0, 7]}, "rate", stats.gamma(12, scale=1 / 3.5),
-        _gamma_evidence(2, 0.5, 12, 3.5) - math.log(math.factorial(3) * math.factorial(7)),
-        id="gamma-poisson",
-    ),
-    pytest.param(
-        waits, {"wait": [0.2, 1.5, 3.1]}, "rate", stats.gamma(6, scale=1 / 6.8),
-        _gamma_evidence(3, 2, 6, 6.8), id="gamma-exponential",
-    ),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("program", "data", "name", "law", "log_evidence"), CONJUGATE)
-def test_conjugate_numbers_by_quadrature(program, data, name, law, log_evidence):
-    posterior = exact(program, data)
-    close(posterior.log_evidence.value, log_evidence, 1e-10)
-    close(posterior.mean(name), law.mean(), 1e-10)
-    close(posterior.sd(name), law.std(), 1e-10)
+@pytest.mark.parametrize("case", CONJUGATE.values(), ids=CONJUGATE)
+def test_conjugate_numbers_by_quadrature(case):
+    posterior = exact(case.program, case.data)
+    close(posterior.log_evidence.value, case.evidence, 1e-10)
+    close(posterior.mean(case.site), case.law.mean(), 1e-10)
+    close(posterior.sd(case.site), case.law.std(), 1e-10)
     levels = [0.05, 0.5, 0.95]
-    close(posterior.quantile(name, levels), law.ppf(levels), 1e-4)
+    close(posterior.quantile(case.site, levels), case.law.ppf(levels), 1e-4)
 
 
 @pytest.mark.parametrize(("place", "size"), [(1000.0, 0.01), (-3e4, 50.0), (0.0, 1e-5)])
@@ -217,16 +169,8 @@ def test_bayesian_linear_regression(rng_untouched):
 
 
 def test_large_numbers_keep_their_digits():
-    y = 1e6 + np.array([0.1, -0.2, 0.3])
-
-    @model
-    def far():
-        mu = latent("mu", Normal(1e6, 10.0))
-        with plate("item"):
-            observe("y", Normal(mu, 0.5))
-
-    joint = stats.multivariate_normal(np.zeros(3), 0.25 * np.eye(3) + 100.0)
-    close(exact(far, {"y": y}).log_evidence.value, joint.logpdf(y - 1e6), 1e-8)
+    case = conjugate.normal(1e6 + np.array([0.1, -0.2, 0.3]), loc=1e6, scale=10.0)
+    close(exact(case.program, case.data).log_evidence.value, case.evidence, 1e-8)
 
 
 def test_vectors_with_covariances_and_free_factors():
@@ -255,40 +199,14 @@ def test_vectors_with_covariances_and_free_factors():
     close(posterior.log_evidence.value, joint.logpdf(seen), 1e-10)
 
 
-@model
-def local_level():
-    with plate("time", ordered=True):
-        x = latent("x", Markov(Normal(1.0, 2.0), lambda previous: Normal(0.9 * previous, 0.5)))
-        observe("y", Normal(x, 0.8))
-
-
-def _smoother(y):
-    """Kalman filter and Rauch-Tung-Striebel smoother of ``local_level``, one step at a time."""
-    mean, var, filtered, predicted, log = 1.0, 4.0, [], [], 0.0
-    for t, value in enumerate(y):
-        if t:
-            mean, var = 0.9 * mean, 0.81 * var + 0.25
-        predicted.append((mean, var))
-        if not math.isnan(value):
-            log += stats.norm(mean, math.sqrt(var + 0.64)).logpdf(value)
-            gain = var / (var + 0.64)
-            mean, var = mean + gain * (value - mean), (1 - gain) * var
-        filtered.append((mean, var))
-    smooth = [filtered[-1]]
-    for t in range(len(y) - 2, -1, -1):
-        (m, v), (pm, pv) = filtered[t], predicted[t + 1]
-        gain = 0.9 * v / pv
-        smooth.insert(0, (m + gain * (smooth[0][0] - pm), v + gain**2 * (smooth[0][1] - pv)))
-    return log, np.array(smooth)
-
-
-def test_local_level_is_a_kalman_smoother():
+def test_an_autoregression_is_a_kalman_smoother():
+    series = {"gain": 0.9, "step": 0.5, "noise": 0.8, "first_mean": 1.0, "first_sd": 2.0}
     y = [0.3, 1.1, math.nan, 2.0, 1.4, 0.2]
-    posterior = exact(local_level, {"y": y})
-    log, smooth = _smoother(y)
-    close(posterior.log_evidence.value, log, 1e-10)
-    close(posterior.mean("x"), smooth[:, 0], 1e-10)
-    close(posterior.sd("x"), smooth[:, 1] ** 0.5, 1e-10)
+    posterior = exact(autoregression(**series), {"y": y})
+    smoothed = autoregression_smoother(y, **series)
+    close(posterior.log_evidence.value, smoothed.log_evidence, 1e-10)
+    close(posterior.mean("x"), smoothed.mean[:, 0], 1e-10)
+    close(posterior.sd("x"), smoothed.cov[:, 0, 0] ** 0.5, 1e-10)
 
 
 def test_ragged_plates_gathers_and_crossed_effects():
@@ -325,15 +243,9 @@ MOVE = torch.tensor([[0.8, 0.1, 0.1], [0.2, 0.6, 0.2], [0.1, 0.3, 0.6]], dtype=t
 PLACES = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64)
 
 
-def _forward_backward(y, scale):
-    like = stats.norm(PLACES.numpy(), scale).pdf(np.asarray(y)[:, None])
-    move, alpha, beta = MOVE.numpy(), [START.numpy() * like[0]], [np.ones(3)]
-    for row in like[1:]:
-        alpha.append((alpha[-1] @ move) * row)
-    for row in like[:0:-1]:
-        beta.insert(0, move @ (row * beta[0]))
-    total = alpha[-1].sum()
-    return math.log(total), np.array(alpha) * np.array(beta) / total
+def _states(y, scale):
+    see = normal_log_likelihood(y, PLACES.numpy(), scale)
+    return forward_backward(START.numpy(), MOVE.numpy(), see)
 
 
 def test_hidden_markov_model():
@@ -347,7 +259,7 @@ def test_hidden_markov_model():
 
     y = [-0.8, 0.1, 1.9, 2.2, 0.4]
     posterior = exact(hmm, {"y": y})
-    log, table = _forward_backward(y, 0.7)
+    log, table, _ = _states(y, 0.7)
     close(posterior.log_evidence.value, log, 1e-10)
     close(posterior.probs("z"), table, 1e-10)
     draws = posterior.samples(4000)["z"]
@@ -369,7 +281,7 @@ def test_hidden_markov_model_with_an_unknown_scale():
     y = [-0.8, 0.1, 1.9, 2.2, 0.4]
     posterior = exact(hmm, {"y": y})
     grid = np.linspace(0.04, 14, 2001)
-    logs = [(_forward_backward(y, s), stats.gamma(2, scale=0.5).logpdf(s)) for s in grid]
+    logs = [(_states(y, s), stats.gamma(2, scale=0.5).logpdf(s)) for s in grid]
     log = np.array([a[0] + b for a, b in logs])
     weight = np.exp(log - log.max())
     close(posterior.log_evidence.value, log.max() + math.log(weight.sum() * (grid[1] - grid[0])))
@@ -477,13 +389,9 @@ def rats():
 
 def reference(name):
     """Data and reference of posteriordb, where the optional data folder is found."""
-    places = [os.environ.get("PPL_DATA"), ROOT.parent / "shared" / "data"]
-    for place in filter(None, places):
-        folder = Path(place) / "posteriordb" / name
-        if folder.is_dir():
-            data, ref = ((folder / f).read_text() for f in ("data.json", "reference.json"))
-            return json.loads(data), json.loads(ref)
-    pytest.skip("the data folder (PPL_DATA) with posteriordb is not here")
+    files = (data_file(f"posteriordb/{name}/{part}.json") for part in ("data", "reference"))
+    data, ref = (json.loads(file.read_text()) for file in files)
+    return data, ref
 
 
 def assert_near(posterior, name, refs, tol):
@@ -610,7 +518,7 @@ def test_an_improper_posterior_is_an_error():
 
 
 def test_auto_takes_exact_where_it_is_cheap():
-    name, why = choose(coin.bind({"heads": [1, 0]}))
+    name, why = choose(conjugate.coin.bind({"heads": [1, 0]}))
     assert name == "exact" and "exactly" in why
 
 

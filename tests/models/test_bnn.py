@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ppl import DataError, ModelError, Normal, infer, nn
-from ppl.models import classifier, datasets, files, learning_sets, regression
+from ppl.models import classifier, datasets, learning_sets, regression
+from tests.data_files import data_file
 
 
 def images(n: int = 4, *shape: int) -> dict[str, torch.Tensor]:
@@ -88,19 +89,6 @@ def test_particles_fit_a_tiny_regression():
 
 
 # ---- data --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def data_folder(tmp_path, monkeypatch):
-    """An empty data folder that hides any other."""
-    monkeypatch.setenv("PPL_DATA", str(tmp_path))
-    monkeypatch.setattr(files, "_CHECKOUT", tmp_path / "no checkout")
-    return tmp_path
-
-
-def needs(name: str) -> None:
-    if datasets.find(name) is None:
-        pytest.skip(f"the data file '{name}' is not on this machine; see ppl.models.datasets")
 
 
 def test_a_made_table_is_standardised_by_the_part_to_fit(data_folder):
@@ -182,7 +170,7 @@ def test_digits_and_diabetes_are_split_and_scaled():
 
 @pytest.mark.parametrize("name", learning_sets.UCI)
 def test_real_regressions_have_their_splits(name):
-    needs(f"uci_regression/{name}.npz")
+    data_file(f"uci_regression/{name}.npz")
     table = datasets.uci(name, 4)
     total = len(table.train["y"]) + len(table.test["y"])
     assert abs(len(table.test["y"]) - total / 10) <= 1
@@ -190,14 +178,14 @@ def test_real_regressions_have_their_splits(name):
 
 
 def test_real_digits_have_their_mean():
-    needs("mnist/mnist.npz")
+    data_file("mnist/mnist.npz")
     train, test = datasets.mnist()
     assert train["x"].shape == (60000, 1, 28, 28) and test["x"].shape == (10000, 1, 28, 28)
     assert abs(float(train["x"].mean())) < 1e-3 and abs(float(train["x"].std()) - 1) < 1e-3
 
 
 def test_real_photographs_have_their_mean():
-    needs("cifar10/cifar10_jpeg.npz")
+    data_file("cifar10/cifar10_jpeg.npz")
     pytest.importorskip("PIL")
     train, _ = datasets.cifar10(limit=500)
     assert np.abs(train["x"].mean((0, 2, 3))).max() < 0.15

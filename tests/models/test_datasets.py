@@ -9,19 +9,7 @@ import pytest
 
 from ppl import DataError
 from ppl.models import datasets, files
-
-
-@pytest.fixture
-def data_folder(tmp_path, monkeypatch):
-    """An empty data folder that hides any other."""
-    monkeypatch.setenv("PPL_DATA", str(tmp_path))
-    monkeypatch.setattr(files, "_CHECKOUT", tmp_path / "no checkout")
-    return tmp_path
-
-
-def needs(name: str) -> None:
-    if datasets.find(name) is None:
-        pytest.skip(f"the data file '{name}' is not on this machine; see ppl.models.datasets")
+from tests.data_files import data_file
 
 
 def test_eight_schools_are_those_of_the_textbook():
@@ -35,7 +23,7 @@ def test_eight_schools_are_those_of_the_textbook():
 
 def test_rats_agree_with_the_table_of_posteriordb():
     name = "posteriordb/rats_data-rats_model/data.json"
-    needs(name)
+    data_file(name)
     table = json.loads(datasets.find(name).read_text())
     data = datasets.rats()
     assert np.array_equal(data["weight"].T.ravel(), table["y"])
@@ -111,7 +99,7 @@ def test_minnesota_is_read_as_rows_of_houses(data_folder):
 
 
 def test_real_radon_of_states():
-    needs("radon/radon_states.npz")
+    data_file("radon/radon_states.npz")
     for part in datasets.radon_states():
         assert {name: a.shape for name, a in part.items()} == dict.fromkeys(
             ("obs", "basement", "log_uranium"), (4, 150)
@@ -121,13 +109,13 @@ def test_real_radon_of_states():
 
 
 def test_real_radon_of_counties():
-    needs("radon/radon_counties.npz")
+    data_file("radon/radon_counties.npz")
     train, test = datasets.radon_counties()
     assert train["obs"].shape == test["log_uranium"].shape == (7, 5, 5)
 
 
 def test_real_radon_of_minnesota():
-    needs("posteriordb/radon_mn-radon_hierarchical_intercept_centered/data.json")
+    data_file("posteriordb/radon_mn-radon_hierarchical_intercept_centered/data.json")
     houses = datasets.radon_minnesota()
     assert {len(column) for column in houses.values()} == {919}
     assert len(set(houses["county"])) == 85
@@ -191,7 +179,7 @@ def test_chimpanzees_are_read_in_runs_of_twelve_rows(data_folder):
 
 @pytest.mark.parametrize("draw, companies, run_types", [(0, 59, 8), (2, 36, 6)])
 def test_real_buses(draw, companies, run_types):
-    needs(f"bus_breakdown/split_{draw}.npz")
+    data_file(f"bus_breakdown/split_{draw}.npz")
     for part in datasets.bus_breakdown(draw):
         assert part["obs"].shape == (2, 3, 150)
         assert part["company"].shape[-1] == companies and (part["company"].sum(-1) == 1).all()
@@ -199,8 +187,8 @@ def test_real_buses(draw, companies, run_types):
 
 
 def test_real_ratings():
-    needs("movielens/movielens_simulated.npz")
-    needs("movielens/movielens_as_shipped.npz")
+    data_file("movielens/movielens_simulated.npz")
+    data_file("movielens/movielens_as_shipped.npz")
     drawn, shipped = datasets.movielens(), datasets.movielens(simulated=False)
     assert (drawn.train["x"].sum(-1) > 0).all() and 0.3 < drawn.train["obs"].mean() < 0.7
     # The published file has no information: no rating, and rows of flags that are all alike.
@@ -209,20 +197,20 @@ def test_real_ratings():
 
 
 def test_real_birds_are_seen_on_every_visit():
-    needs("occupancy/split_0.npz")
+    data_file("occupancy/split_0.npz")
     train, test = datasets.occupancy()
     assert train["obs"].shape == (12, 6, 200, 5) and test["weather"].shape == (12, 6, 100)
     assert (train["obs"].sum(-1) > 0).all() and (test["obs"].sum(-1) > 0).all()
 
 
 def test_real_covid():
-    needs("covid/covid_daily.npz")
+    data_file("covid/covid_daily.npz")
     train, test = datasets.covid()
     assert train["npis"].shape == (92, 109, 9) and test["obs"].shape == (92, 28)
 
 
 def test_real_chimpanzees():
-    needs("chimpanzees.csv")
+    data_file("chimpanzees.csv")
     train, test = datasets.chimpanzees()
     # 504 pulls, 292 of them of the left lever; the partner is there in half of them.
     assert train["obs"].sum() + test["obs"].sum() == 292

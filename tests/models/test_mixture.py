@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 
 import numpy as np
 import pytest
@@ -20,7 +19,6 @@ from ppl import (
     Mixture,
     ModelError,
     Normal,
-    infer,
     latent,
     model,
     observe,
@@ -28,6 +26,7 @@ from ppl import (
 )
 from ppl.models import mixture, ordered_mixture, zero_inflated
 from tests.models.joint_density import joint_density
+from tests.quiet import quiet_fit
 
 RNG = np.random.default_rng(11)
 CENTRES = torch.tensor([-4.0, 0.0, 4.0], dtype=torch.float64)
@@ -40,12 +39,6 @@ def points(n: int = 150, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     z = torch.multinomial(torch.tensor([0.5, 0.3, 0.2]), n, True, generator=g)
     spread = torch.tensor([0.5, 0.7, 0.8], dtype=torch.float64)
     return CENTRES[z] + spread[z] * torch.randn(n, generator=g, dtype=torch.float64), z
-
-
-def fit(program, data, **options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return infer(program, data, method="qem", progress=False, **{"seed": 0, **options})
 
 
 def one(program, data=None, **sizes):
@@ -131,7 +124,7 @@ def test_counts_agree_with_quadrature(zeros):
     log += stats.norm.logpdf(base, 0, 2) + stats.norm.logpdf(absent, 0, 2)
     log += stats.norm.logpdf(effect)
     weight = np.exp(log - logsumexp(log))
-    posterior = fit(zero_inflated("poisson", zeros), {"x": ROWS, "count": y})
+    posterior = quiet_fit(zero_inflated("poisson", zeros), {"x": ROWS, "count": y})
     step = np.log(3 / 60) * 2 + np.log(5 / 60)
     assert posterior.log_evidence.value == pytest.approx(logsumexp(log) + step, abs=0.03)
     for name, values in (("base", base), ("effect", effect), ("absent", absent)):
@@ -146,7 +139,7 @@ def test_negative_binomial_counts_cover_the_truth():
     x = np.random.default_rng(5).normal(size=(400, 1))
     mean, g = np.exp(1.5 + 0.6 * x[:, 0]), np.random.default_rng(6)
     y = g.poisson(g.gamma(2.0, mean / 2.0)) * (g.random(400) > 0.3)
-    posterior = fit(program, {"x": x, "count": y})
+    posterior = quiet_fit(program, {"x": x, "count": y})
     truth = {"base": 1.5, "effect": 0.6, "absent": np.log(0.3 / 0.7), "size": 2.0}
     for name, value in truth.items():
         apart = (posterior.mean(name).squeeze() - value) / posterior.sd(name).squeeze()
@@ -156,7 +149,7 @@ def test_negative_binomial_counts_cover_the_truth():
 @pytest.mark.parametrize("seed, restarts", [(0, 1), (1, 1), (2, 4)])
 def test_simulated_components_are_found(seed, restarts):
     x, z = points()
-    found = fit(mixture(), {"x": x}, seed=seed, restarts=restarts).relabelled(by="centre")
+    found = quiet_fit(mixture(), {"x": x}, seed=seed, restarts=restarts).relabelled(by="centre")
     shares = torch.bincount(z, minlength=3).double() / len(z)
     for name, truth in (("centre", CENTRES), ("weight", shares)):
         assert ((found.mean(name) - truth).abs() < 4 * found.sd(name)).all()
@@ -166,7 +159,7 @@ def test_simulated_components_are_found(seed, restarts):
 def test_components_in_two_dimensions_are_found():
     x, z = points(90, seed=3)
     data = torch.stack([x, torch.where(z == 1, 4.0, 0.0) + points(90, seed=4)[0] / 4], -1)
-    found = fit(mixture(k=3, dim=2), {"x": data}).relabelled()
+    found = quiet_fit(mixture(k=3, dim=2), {"x": data}).relabelled()
     own = torch.stack([data[z == c].mean(0) for c in range(3)])
     apart = torch.cdist(found.mean("centre"), own)
     assert apart.amin(0).max() < 0.3
@@ -185,7 +178,7 @@ def summed():
 
 def test_labelled_and_summed_mixtures_are_one_model():
     x, _ = points()
-    fits = [fit(program, {"x": x}) for program in (mixture(), summed)]
+    fits = [quiet_fit(program, {"x": x}) for program in (mixture(), summed)]
     evidence = [p.log_evidence.value for p in fits]
     assert evidence[0] == pytest.approx(evidence[1], abs=0.1)
     labelled, total = (p.relabelled(by="centre") for p in fits)
@@ -197,8 +190,8 @@ def test_labelled_and_summed_mixtures_are_one_model():
 def test_sampled_components_agree_with_enumerated_ones():
     x = points(6, seed=1)[0]
     data = {"x": torch.cat([x, torch.tensor([1.9, -2.1], dtype=torch.float64)])}
-    exact = fit(ordered_labels, data)
-    sampled = fit(ordered_labels, data, enumerate_up_to=1, particles=60, max_iters=40)
+    exact = quiet_fit(ordered_labels, data)
+    sampled = quiet_fit(ordered_labels, data, enumerate_up_to=1, particles=60, max_iters=40)
     assert abs(exact.log_evidence.value - sampled.log_evidence.value) < 0.15
     assert torch.allclose(exact.probs("z"), sampled.probs("z"), atol=0.06)
     for name in ("low", "high", "share"):
@@ -220,7 +213,7 @@ def test_the_mixture_of_posteriordb_agrees_with_its_reference():
     folder, name = data_folder(), "low_dim_gauss_mix-low_dim_gauss_mix"
     if folder is None:
         pytest.skip("no folder posteriordb with references in $PPL_DATA or ../shared/data")
-    posterior = fit(MODELS[name].model, load(folder, name))
+    posterior = quiet_fit(MODELS[name].model, load(folder, name))
     assert not posterior.diagnostics.warnings
     reference = json.loads((folder / name / "reference.json").read_text())["params"]
     for site in ("mu", "sigma", "theta"):
@@ -248,7 +241,7 @@ def presence():
 def test_presence_at_sites_without_detections_is_that_of_enumeration():
     y = np.zeros((12, 4))
     y[:4, 0], y[2:6, 2] = 1.0, 1.0
-    posterior = fit(presence, {"detected": y})
+    posterior = quiet_fit(presence, {"detected": y})
     axis = (np.arange(300) + 0.5) / 300
     there, seen = (g.reshape(-1) for g in np.meshgrid(axis, axis, indexing="ij"))
     hits = y.sum(-1)[:, None]

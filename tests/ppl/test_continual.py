@@ -27,6 +27,7 @@ from ppl.plates import plate
 from ppl.posterior import Posterior
 from ppl.save import load
 from ppl.sites import given, latent, observe, param
+from tests.conjugate import normal_mean
 
 F64 = torch.float64
 close = torch.testing.assert_close
@@ -72,17 +73,11 @@ def test_two_batches_in_sequence_are_one(joint):
 
 
 def test_scalars_are_carried_over():
-    @model
-    def mean():
-        mu = latent("mu", Normal(0.0, 1.0))
-        with plate("row"):
-            observe("y", Normal(mu, 1.0))
-
     y = torch.randn(7, dtype=F64)
-    whole = exact(mean, {"y": y})
-    steps = exact(mean, {"y": y[3:]}, prior=exact(mean, {"y": y[:3]}))
-    close(steps.mean("mu"), whole.mean("mu"), atol=1e-12, rtol=0)
-    close(steps.sd("mu"), whole.sd("mu"), atol=1e-12, rtol=0)
+    whole = exact(normal_mean, {"y": y})
+    steps = exact(normal_mean, {"y": y[3:]}, prior=exact(normal_mean, {"y": y[:3]}))
+    close(steps.mean("mean"), whole.mean("mean"), atol=1e-12, rtol=0)
+    close(steps.sd("mean"), whole.sd("mean"), atol=1e-12, rtol=0)
 
 
 @model
@@ -275,16 +270,10 @@ def test_what_is_no_fit_of_this_model_is_refused():
     with pytest.raises(DataError, match="fitted with plates"):
         exact(line(dims=2), rows(3, 2), prior=exact(line(dims=3), data))
 
-    @model
-    def stranger():
-        mu = latent("mu", Normal(0.0, 1.0))
-        with plate("row"):
-            observe("y", Normal(mu, 1.0))
-
     with pytest.raises(DataError, match="knows none of this model's latents"):
-        exact(stranger, {"y": [0.0]}, prior=exact(line(), data))
-    bound = stranger.bind({"y": [0.0]})
-    flat = made(bound, {"mu": mg.Gaussian(torch.zeros((), dtype=F64), torch.tensor(math.inf))})
+        exact(normal_mean, {"y": [0.0]}, prior=exact(line(), data))
+    bound = normal_mean.bind({"y": [0.0]})
+    flat = made(bound, {"mean": mg.Gaussian(torch.zeros((), dtype=F64), torch.tensor(math.inf))})
     with pytest.raises(NumericalError, match="zero or not finite"):
         with_prior(bound, flat)
 

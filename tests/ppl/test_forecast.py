@@ -23,29 +23,20 @@ from ppl import (
     plate,
     simulation,
 )
+from tests.small_programs import autoregression
+from tests.smoothers import autoregression_smoother
 
 DRAWS = 4000
 Y = [0.3, 0.9, math.nan, 1.4, 0.8, 1.9, 2.2, 1.7]
 
 
-@model
-def walk():
-    with plate("day", ordered=True):
-        x = latent("x", Markov(Normal(0.0, 2.0), lambda before: Normal(0.9 * before, 0.5)))
-        observe("y", Normal(x, 0.4))
+SERIES = {"gain": 0.9, "step": 0.5, "noise": 0.4, "first_sd": 2.0}
 
 
-def kalman(y, pushes=None, *, gain=0.9, first=2.0, noise=0.5, error=0.4):
-    """Filtered mean and variance of the last state of x_t = gain x_{t-1} + push_t + noise."""
-    pushes = np.zeros(len(y)) if pushes is None else pushes
-    mean, variance = 0.0, first**2
-    for t, value in enumerate(y):
-        if t:
-            mean, variance = gain * mean + pushes[t], gain**2 * variance + noise**2
-        if not math.isnan(value):
-            weight = variance / (variance + error**2)
-            mean, variance = mean + weight * (value - mean), variance * (1 - weight)
-    return mean, variance
+def kalman(y, push=None):
+    """Filtered mean and variance of the last state."""
+    mean, cov = autoregression_smoother(y, **SERIES, push=push).filtered
+    return mean[-1, 0], cov[-1, 0, 0]
 
 
 def ahead(mean, variance, pushes, *, gain=0.9, noise=0.5):
@@ -68,8 +59,8 @@ def close(future, name, means, variances):
 def test_forecast_is_the_kalman_forecast(method):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        posterior = infer(walk, {"y": Y}, method=method, seed=0)
-    future = posterior.forecast(day=5, n=DRAWS, seed=1)
+        posterior = infer(autoregression(**SERIES), {"y": Y}, method=method, seed=0)
+    future = posterior.forecast(time=5, n=DRAWS, seed=1)
     means, variances = ahead(*kalman(Y), np.zeros(5))
     close(future, "x", means, variances)
     close(future, "y", means, variances + 0.16)
@@ -101,6 +92,19 @@ def test_covariates_of_the_future_come_in_as_data(pushed_fit):
     pushes = np.array([2.0, -1.0, 0.5])
     future = pushed_fit.forecast({"push": pushes}, day=3, n=DRAWS)
     close(future, "x", *ahead(*kalman(Y, PUSH), pushes))
+
+
+@pytest.mark.parametrize("years", [[2001, 2002, 2003], np.array([2001, 2002, 2003])])
+def test_years_go_on_counting(years):
+    series = autoregression(**SERIES)
+    posterior = infer(series, {"y": Y[:2] + Y[3:4]}, method="exact", seed=0, labels={"time": years})
+    assert list(posterior.forecast(time=2, n=5).labels["time"]) == [2004, 2005]
+
+
+@pytest.mark.parametrize("steps", [0, 2.5, True, "a"])
+def test_steps_are_whole_numbers(pushed_fit, steps):
+    with pytest.raises(DataError, match="expected a whole number of steps, at least 1"):
+        pushed_fit.forecast(day=steps)
 
 
 def test_labels_of_the_future_may_be_given(pushed_fit):
@@ -189,9 +193,9 @@ def test_a_chain_whose_steps_depend_on_learned_numbers():
 
 
 def test_only_the_future_is_simulated(monkeypatch):
-    posterior = infer(walk, {"y": np.zeros(300)}, method="laplace", seed=0)
+    posterior = infer(autoregression(**SERIES), {"y": np.zeros(300)}, method="laplace", seed=0)
     calls = []
     sample = simulation._sample
     monkeypatch.setattr(simulation, "_sample", lambda *a: calls.append(1) or sample(*a))
-    posterior.forecast(day=2, n=10)
+    posterior.forecast(time=2, n=10)
     assert len(calls) < 10  # not one for each of the 300 known steps

@@ -15,20 +15,13 @@ from ppl import (
     HalfNormal,
     Markov,
     Normal,
-    given,
     infer,
     latent,
     model,
     observe,
     plate,
 )
-
-
-@model
-def line():
-    base, slope = latent("base", Normal(0.0, 5.0)), latent("slope", Normal(0.0, 5.0))
-    with plate("row"):
-        observe("y", Normal(base + slope * given("x"), 0.5))
+from tests.small_programs import line
 
 
 @model
@@ -41,13 +34,14 @@ def grouped():
         observe("y", Normal(level, 0.1))
 
 
+LINE = line(scale=5.0)
 X = np.linspace(-1, 1, 12)
 Y = 1.0 + 2.0 * X + 0.5 * np.random.default_rng(0).normal(size=12)
 
 
 @pytest.fixture(scope="module")
 def line_fit():
-    return infer(line, {"x": X, "y": Y}, method="qem", seed=0)
+    return infer(LINE, {"x": X, "y": Y}, method="qem", seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +114,7 @@ def test_leave_one_out_is_close_to_refitting(line_fit):
 def test_entries_that_were_missing_are_not_scored():
     y = Y.copy()
     y[3] = np.nan
-    posterior = infer(line, {"x": X, "y": y}, method="qem", seed=0)
+    posterior = infer(LINE, {"x": X, "y": y}, method="qem", seed=0)
     assert any("1 of 12" in line for line in posterior.bound.report)
     assert posterior.log_likelihood(n=10)["y"][:, 3].eq(0).all()
     assert len(posterior.loo(n=500).pointwise) == 11

@@ -19,15 +19,9 @@ from ppl import (
     observe,
     plate,
 )
+from tests.conjugate import normal_mean
 
 ROWS = torch.tensor([0.3, -1.0, 0.2, 1.4], dtype=torch.float64)
-
-
-@model
-def level():
-    mean = latent("mean", Normal(0.0, 1.0))
-    with plate("row"):
-        observe("y", Normal(mean, 1.0))
 
 
 @model
@@ -48,7 +42,7 @@ def test_an_infinite_observation_is_told_by_site_count_and_label(method, value):
         r"'y' \(observed\): 2 entries are infinite, the first at row 'c'.*NaN, which sums them out"
     )
     with pytest.raises(DataError, match=text):
-        infer(level, {"y": y}, method=method, labels={"row": list("abcd")})
+        infer(normal_mean, {"y": y}, method=method, labels={"row": list("abcd")})
 
 
 @pytest.mark.parametrize(
@@ -80,7 +74,9 @@ def test_an_infinite_observation_is_told_by_site_count_and_label(method, value):
 )
 def test_an_option_that_cannot_be_meant_is_refused(option, value, text):
     with pytest.raises(ModelError, match=text):
-        infer(level, {"y": ROWS}, method="qem", **{"seed": 0, "progress": False, option: value})
+        infer(
+            normal_mean, {"y": ROWS}, method="qem", **{"seed": 0, "progress": False, option: value}
+        )
 
 
 def test_too_little_memory_is_told_by_factor_axes_bytes_and_remedy():

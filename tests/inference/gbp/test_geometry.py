@@ -15,13 +15,11 @@ from ppl.inference.gbp.problem import make_problem
 from ppl.inference.groups.build import build
 from ppl.manifolds import SE2
 from ppl.models import bundle_adjustment, datasets, denoise, pose_graph_2d
+from tests.data_files import data_file
 
 
 def arrays(name: str) -> dict[str, np.ndarray]:
-    path = datasets.find(f"gbp/{name}.npz")
-    if path is None:
-        pytest.skip(f"gbp/{name}.npz is not on this machine (PPL_DATA names its folder)")
-    with np.load(path) as file:
+    with np.load(data_file(f"gbp/{name}.npz")) as file:
         return {k: file[k] for k in file.files}
 
 

@@ -12,17 +12,15 @@ from ppl import infer, latent, model, observe, plate, shift
 from ppl.distributions import Flat, Markov, MultivariateNormal, Normal
 from ppl.errors import NumericalError
 from ppl.inference.groups import FactorGroups, Family, Group, Slot
-from ppl.models import datasets
+from tests.data_files import data_file
 from tests.inference.gbp import factor_graphs as fg
+from tests.smoothers import kalman_smoother
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 
 
 def oracle(name: str) -> dict[str, np.ndarray]:
-    path = datasets.find("gbp/linear_oracles.npz")
-    if path is None:
-        pytest.skip("gbp/linear_oracles.npz is not on this machine (PPL_DATA names its folder)")
-    with np.load(path) as file:
+    with np.load(data_file("gbp/linear_oracles.npz")) as file:
         return {k[len(name) + 1 :]: file[k] for k in file.files if k.startswith(name + "_")}
 
 
@@ -78,37 +76,17 @@ def level():
         observe("y", Normal(state[0], 0.5))
 
 
-def kalman(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rauch-Tung-Striebel smoother of `level`."""
-    f = torch.tensor([[1.0, 1.0], [0.0, 0.875]], dtype=torch.float64)
-    q, h = (
-        0.125 * torch.eye(2, dtype=torch.float64),
-        torch.tensor([[1.0, 0.0]], dtype=torch.float64),
-    )
-    mean, cov = torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
-    filtered, predicted = [], []
-    for value in y:
-        predicted.append((mean, cov))
-        gain = cov @ h.T / (h @ cov @ h.T + 0.25)
-        mean, cov = mean + gain[:, 0] * (value - mean[0]), cov - gain @ h @ cov
-        filtered.append((mean, cov))
-        mean, cov = f @ mean, f @ cov @ f.T + q
-    smoothed = [filtered[-1]]
-    for t in range(len(y) - 2, -1, -1):
-        (m, p), (m1, p1), (ms, ps) = filtered[t], predicted[t + 1], smoothed[0]
-        gain = p @ f.T @ torch.linalg.inv(p1)
-        smoothed.insert(0, (m + gain @ (ms - m1), p + gain @ (ps - p1) @ gain.T))
-    return torch.stack([m for m, _ in smoothed]), torch.stack([p for _, p in smoothed])
-
-
 @pytest.mark.parametrize("schedule", ["auto", "sweep"])
 def test_chains_are_the_kalman_smoother(schedule):
     """Trees: Kalman smoother equality on a 2-state local-level model."""
     y = torch.randn(40, dtype=torch.float64).cumsum(0)
     posterior = infer(level, {"y": y}, method="gbp", schedule=schedule)
-    mean, cov = kalman(y)
-    torch.testing.assert_close(posterior.mean("state"), mean, **TIGHT)
-    torch.testing.assert_close(posterior.covariance("state"), cov, **TIGHT)
+    move, read = np.array([[1.0, 1.0], [0.0, 0.875]]), np.array([[1.0, 0.0]])
+    exact = kalman_smoother(
+        y, np.zeros(2), np.eye(2), move, 0.125 * np.eye(2), read, 0.25 * np.eye(1)
+    )
+    torch.testing.assert_close(posterior.mean("state"), torch.as_tensor(exact.mean), **TIGHT)
+    torch.testing.assert_close(posterior.covariance("state"), torch.as_tensor(exact.cov), **TIGHT)
     assert posterior.diagnostics.iterations <= 2
     assert posterior.log_evidence.kind == "exact"
 

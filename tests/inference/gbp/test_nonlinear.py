@@ -13,16 +13,13 @@ from ppl.inference.gbp import GBP, init, step
 from ppl.inference.gbp.problem import make_problem
 from ppl.inference.groups import FactorGroups, Family, Group, Robust, Slot
 from ppl.inference.groups.build import build
-from ppl.models import datasets
+from tests.data_files import data_file
 from tests.inference.gbp import factor_graphs as fg
 
 
 @pytest.fixture(scope="module")
 def oracle() -> dict[str, torch.Tensor]:
-    path = datasets.find("gbp/nonlinear_oracles.npz")
-    if path is None:
-        pytest.skip("gbp/nonlinear_oracles.npz is not on this machine (PPL_DATA names its folder)")
-    with np.load(path) as file:
+    with np.load(data_file("gbp/nonlinear_oracles.npz")) as file:
         return {k: torch.from_numpy(file[k]) for k in file.files}
 
 

@@ -6,63 +6,45 @@ import numpy as np
 import pytest
 import torch
 
-from ppl import Markov, Normal, infer, latent, model, observe, plate
+from ppl import infer
 from ppl.errors import DataError
 from ppl.models import slam
+from tests.small_programs import autoregression
+from tests.smoothers import autoregression_smoother
 
-
-@model
-def local_level():
-    with plate("time", ordered=True):
-        level = latent("level", Markov(Normal(1.0, 3.0), lambda before: Normal(before, 0.5)))
-        observe("y", Normal(level, 1.0))
-
-
-def kalman(y):
-    """Filtered means and variances, and the log evidence."""
-    mean, variance, total, out = 1.0, 9.0, 0.0, []
-    for t, value in enumerate(y):
-        variance = variance + (0.25 if t else 0.0)
-        spread = variance + 1.0
-        total += -0.5 * (np.log(2 * np.pi * spread) + (value - mean) ** 2 / spread)
-        gain = variance / spread
-        mean, variance = mean + gain * (value - mean), (1 - gain) * variance
-        out.append((mean, variance))
-    return np.array(out), total
+LEVEL = {"gain": 1.0, "step": 0.5, "noise": 1.0, "first_mean": 1.0, "first_sd": 3.0}
+local_level = autoregression(**LEVEL)
 
 
 @pytest.mark.parametrize("lag", [1, 2, 7])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_fixed_lag_is_the_kalman_filter(lag, batch):
     y = np.random.default_rng(0).normal(size=16).cumsum()
-    filtered, total = kalman(y)
+    exact = autoregression_smoother(y, **LEVEL)
+    means, covariances = exact.filtered
     posterior = infer(local_level, {"y": y[:4]}, method="laplace")
     for end in range(4 + batch, 17, batch):
         posterior = posterior.extend({"y": y[end - batch : end]}, lag={"time": lag})
-        assert float(posterior.mean("level")[-1]) == pytest.approx(filtered[end - 1, 0], abs=1e-9)
-        assert float(posterior.sd("level")[-1]) ** 2 == pytest.approx(
-            filtered[end - 1, 1], abs=1e-9
+        assert float(posterior.mean("x")[-1]) == pytest.approx(means[end - 1, 0], abs=1e-9)
+        assert float(posterior.sd("x")[-1]) ** 2 == pytest.approx(
+            covariances[end - 1, 0, 0], abs=1e-9
         )
     if batch == 1:
-        assert posterior.log_evidence.value == pytest.approx(total, abs=1e-9)
+        assert posterior.log_evidence.value == pytest.approx(exact.log_evidence, abs=1e-9)
         # What left the window was smoothed with the data that the window had seen by then.
         seen = infer(local_level, {"y": y[: lag + 4]}, method="laplace")
-        assert float(posterior.mean("level")[4]) == pytest.approx(
-            float(seen.mean("level")[4]), abs=1e-9
-        )
-        assert float(posterior.sd("level")[4]) == pytest.approx(
-            float(seen.sd("level")[4]), abs=1e-9
-        )
+        assert float(posterior.mean("x")[4]) == pytest.approx(float(seen.mean("x")[4]), abs=1e-9)
+        assert float(posterior.sd("x")[4]) == pytest.approx(float(seen.sd("x")[4]), abs=1e-9)
 
 
 def test_without_a_lag_it_is_the_smoother():
     y = np.random.default_rng(1).normal(size=20).cumsum()
     posterior = infer(local_level, {"y": y[:5]}, method="laplace")
     for end in (6, 12, 20):
-        posterior = posterior.extend({"y": y[len(posterior.mean("level")) : end]})
+        posterior = posterior.extend({"y": y[len(posterior.mean("x")) : end]})
     whole = infer(local_level, {"y": y}, method="laplace")
-    torch.testing.assert_close(posterior.mean("level"), whole.mean("level"), atol=1e-9, rtol=0.0)
-    torch.testing.assert_close(posterior.sd("level"), whole.sd("level"), atol=1e-9, rtol=0.0)
+    torch.testing.assert_close(posterior.mean("x"), whole.mean("x"), atol=1e-9, rtol=0.0)
+    torch.testing.assert_close(posterior.sd("x"), whole.sd("x"), atol=1e-9, rtol=0.0)
     assert posterior.log_evidence.value == pytest.approx(whole.log_evidence.value, abs=1e-9)
 
 

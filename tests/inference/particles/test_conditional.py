@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 
 import numpy as np
 import pytest
@@ -26,7 +25,6 @@ from ppl import (
     Poisson,
     UnsupportedError,
     given,
-    infer,
     latent,
     model,
     observe,
@@ -42,6 +40,7 @@ from ppl.inference.particles.tilted import _cumulants
 from ppl.inference.qem import QEM, init, prepare, step
 from ppl.streams import Streams
 from tests.inference.particles.ragged_houses import RAGGED, hierarchy
+from tests.quiet import quiet_fit
 
 
 @model
@@ -65,12 +64,6 @@ def fitted(program, data, seed=0, iterations=60, restarts=1, **options):
     for _ in range(iterations):
         state, _ = step(problem, state)
     return problem, state
-
-
-def quiet(*args, **options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return infer(*args, method="qem", **options)
 
 
 # ---- densities ----------------------------------------------------------------------------------------------
@@ -384,7 +377,7 @@ def test_tied_parameters_average_the_elements():
 )
 @pytest.mark.parametrize("restarts", [1, 2])
 def test_posteriors_and_joint_draws_are_right_with_every_form(q, restarts):
-    posterior = quiet(
+    posterior = quiet_fit(
         hierarchy,
         RAGGED,
         seed=0,
@@ -405,11 +398,11 @@ def test_posteriors_and_joint_draws_are_right_with_every_form(q, restarts):
 
 def test_a_run_with_forms_can_be_resumed_and_saved(tmp_path):
     q = {"x": Table(given="z"), "z": Tilted()}
-    whole = quiet(
+    whole = quiet_fit(
         switched, SWITCHED, seed=0, q=q, particles=20, final_particles=100, max_iters=20, tol=0.0
     )
     file = tmp_path / "state.pt"
-    quiet(
+    quiet_fit(
         switched,
         SWITCHED,
         seed=0,
@@ -420,7 +413,7 @@ def test_a_run_with_forms_can_be_resumed_and_saved(tmp_path):
         tol=0.0,
         checkpoint=file,
     )
-    resumed = quiet(
+    resumed = quiet_fit(
         switched,
         SWITCHED,
         seed=0,

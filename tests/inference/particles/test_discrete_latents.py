@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 
 import numpy as np
 import pytest
@@ -21,23 +20,17 @@ from ppl import (
     Poisson,
     UnsupportedError,
     given,
-    infer,
     latent,
     model,
     observe,
     plate,
 )
+from tests.quiet import quiet_fit
 
 PRIOR = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 MOVES = torch.tensor([[0.8, 0.2], [0.4, 0.6], [0.1, 0.9]], dtype=torch.float64)
 LEVELS = torch.tensor([[-1.0, 0.5], [0.0, 1.5], [1.0, 3.0]], dtype=torch.float64)
 SEEN = {"y": [[0.3, 1.4, -0.5, 2.2], [2.8, 1.9, 0.1, 3.1]]}
-
-
-def fit(program, data, **options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return infer(program, data, method="qem", seed=0, progress=False, **options)
 
 
 @model
@@ -62,7 +55,7 @@ def by_enumeration(y):
 
 
 def test_discrete_parents_of_discrete_latents_are_summed_exactly():
-    posterior = fit(classes_in_groups, SEEN)
+    posterior = quiet_fit(classes_in_groups, SEEN)
     evidence, kinds, states = by_enumeration(SEEN["y"])
     assert posterior.log_evidence.value == pytest.approx(evidence, abs=1e-9)
     np.testing.assert_allclose(posterior.probs("kind"), kinds, atol=1e-9)
@@ -70,7 +63,7 @@ def test_discrete_parents_of_discrete_latents_are_summed_exactly():
 
 
 def test_joint_draws_follow_the_joint_law_of_parent_and_child():
-    draws = fit(classes_in_groups, SEEN).samples(20_000)
+    draws = quiet_fit(classes_in_groups, SEEN).samples(20_000)
     _, kinds, _ = by_enumeration(SEEN["y"])
     joint = MOVES.numpy() * stats.norm.pdf(SEEN["y"][0][0], LEVELS.numpy(), 0.7)
     for kind, state in itertools.product(range(3), range(2)):
@@ -85,7 +78,7 @@ def test_joint_draws_follow_the_joint_law_of_parent_and_child():
     "options", [{"enumerate_up_to": 2}, {"enumerate_up_to": 1}, {"q": {"kind": "Categorical"}}]
 )
 def test_sampled_kinds_agree_with_enumeration(options):
-    posterior = fit(classes_in_groups, SEEN, particles=200, **options)
+    posterior = quiet_fit(classes_in_groups, SEEN, particles=200, **options)
     evidence, kinds, states = by_enumeration(SEEN["y"])
     assert posterior.log_evidence.value == pytest.approx(evidence, abs=0.05)
     np.testing.assert_allclose(posterior.probs("kind"), kinds, atol=0.03)
@@ -103,7 +96,7 @@ def two_switches():
 
 def test_two_discrete_latents_in_one_factor():
     y = np.array([0.1, 2.1, 1.0, 2.9, 0.4])
-    posterior = fit(two_switches, {"y": y})
+    posterior = quiet_fit(two_switches, {"y": y})
     grid = (np.arange(2000) + 0.5) / 2000
     left = stats.bernoulli.pmf(np.arange(2)[:, None], grid)  # [2, share]
     mean = np.arange(2)[:, None] * (1.0 + np.arange(3))
@@ -129,7 +122,7 @@ def hidden_counts():
 @pytest.mark.parametrize("q", [None, {"there": "Poisson"}])
 def test_counts_without_a_bound_are_sampled(q):
     data = {"mean": [2.0, 5.0, 9.0], "y": [[1.2, 2.3], [5.5, 7.0], [8.0, 9.9]]}
-    posterior = fit(hidden_counts, data, particles=100, q=q)
+    posterior = quiet_fit(hidden_counts, data, particles=100, q=q)
     n = np.arange(60)
     seen = stats.norm.pdf(np.array(data["y"])[..., None], n, 1.0).prod(1)
     joint = stats.poisson.pmf(n, np.array(data["mean"])[:, None]) * seen
@@ -148,9 +141,9 @@ def test_a_category_of_many_values_is_sampled_above_the_limit():
             observe("y", Normal(0.2 * z, 1.0))
 
     data = {"y": [1.0, 6.5]}
-    exact = fit(program, data)
+    exact = quiet_fit(program, data)
     assert exact.diagnostics.notes["particles"] == {"k:z": 40}
-    sampled = fit(program, data, enumerate_up_to=39, particles=300)
+    sampled = quiet_fit(program, data, enumerate_up_to=39, particles=300)
     p = (many / many.sum()).numpy() * stats.norm.pdf(
         np.array(data["y"])[:, None], 0.2 * np.arange(40), 1.0
     )
@@ -166,7 +159,7 @@ def test_a_binomial_latent_is_summed():
         observe("y", Normal(n, 1.0))
 
     p = stats.binom.pmf(np.arange(7), 6, 0.3) * stats.norm.pdf(2.5, np.arange(7), 1.0)
-    np.testing.assert_allclose(fit(program, {"y": 2.5}).probs("n"), p / p.sum(), atol=1e-9)
+    np.testing.assert_allclose(quiet_fit(program, {"y": 2.5}).probs("n"), p / p.sum(), atol=1e-9)
 
 
 def test_a_count_without_a_proposal_is_refused_with_the_remedy():
@@ -176,9 +169,9 @@ def test_a_count_without_a_proposal_is_refused_with_the_remedy():
         observe("y", Normal(n, 1.0))
 
     with pytest.raises(UnsupportedError, match=r"'n'.*finite.*q=\{'n': 'Poisson'\}"):
-        fit(program, {"y": 2.5})
+        quiet_fit(program, {"y": 2.5})
     n = np.arange(80)
     p = stats.nbinom.pmf(n, 3, 0.6) * stats.norm.pdf(2.5, n, 1.0)
-    asked = fit(program, {"y": 2.5}, q={"n": "Poisson"})
+    asked = quiet_fit(program, {"y": 2.5}, q={"n": "Poisson"})
     assert asked.log_evidence.value == pytest.approx(math.log(p.sum()), abs=0.05)
     assert float(asked.mean("n")) == pytest.approx((p * n).sum() / p.sum(), abs=0.1)

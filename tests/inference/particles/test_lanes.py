@@ -7,6 +7,7 @@ import torch
 
 from ppl import Categorical, Markov, Normal, UnsupportedError, infer, latent, model, observe, plate
 from ppl.inference.particles.lanes import check_lanes, make_lanes
+from tests.small_programs import autoregression
 
 SWITCH = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
 
@@ -19,13 +20,6 @@ def ratings():
         quality = latent("quality", Normal(0.0, 2.0))
     with user, film:
         observe("y", Normal(taste * quality, 0.5))
-
-
-@model
-def walk():
-    with plate("t", ordered=True):
-        level = latent("level", Markov(Normal(0.0, 1.0), lambda before: Normal(0.8 * before, 0.6)))
-        observe("y", Normal(level, 0.7))
 
 
 @model
@@ -60,10 +54,10 @@ def test_latents_of_crossed_plates_may_meet():
 
 
 def test_a_chain_adds_its_transitions():
-    y, level = torch.randn(3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
-    found = make_lanes(walk.bind({"y": y}), 4, 64).log_joint({"level": level})
-    want = log_normal(level[:, 0], 0.0, 1.0) + log_normal(y, level, 0.7).sum(1)
-    want = want + log_normal(level[:, 1:], 0.8 * level[:, :-1], 0.6).sum(1)
+    y, x = torch.randn(3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    found = make_lanes(autoregression.bind({"y": y}), 4, 64).log_joint({"x": x})
+    want = log_normal(x[:, 0], 0.0, 1.0) + log_normal(y, x, 0.7).sum(1)
+    want = want + log_normal(x[:, 1:], 0.8 * x[:, :-1], 0.6).sum(1)
     assert torch.allclose(found, want)
 
 

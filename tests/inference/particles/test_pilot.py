@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from builtins import sum
 
 import numpy as np
@@ -17,7 +16,6 @@ from ppl import (
     Normal,
     UnsupportedError,
     given,
-    infer,
     latent,
     model,
     observe,
@@ -30,6 +28,7 @@ from ppl.inference.particles.pilot import correlations, wants_pilot
 from ppl.inference.particles.problem import prepare_particles
 from ppl.inference.qem import QEM, init, prepare, step
 from ppl.streams import Streams
+from tests.quiet import quiet_fit
 
 
 @model
@@ -55,12 +54,6 @@ def slopes_posterior(data):
     return cov @ x.T @ y, np.diag(cov) ** 0.5, law.logpdf(y), cov
 
 
-def quiet(*args, **options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return infer(*args, method="qem", **options)
-
-
 def test_correlations_are_those_of_the_posterior():
     data = twins(2, 30)
     bound = many_slopes(n=4).bind(data)
@@ -80,7 +73,7 @@ def test_correlations_are_those_of_the_posterior():
 
 def test_twins_share_a_block_and_the_answer_is_right():
     data = twins()
-    posterior = quiet(many_slopes(n=16), data, seed=0, final_particles=500, replicates=8)
+    posterior = quiet_fit(many_slopes(n=16), data, seed=0, final_particles=500, replicates=8)
     mean, sd, log_evidence, _ = slopes_posterior(data)
     blocks = posterior.diagnostics.notes["particles"]
     together = sum(
@@ -164,7 +157,7 @@ def collinear_data():
 def test_a_start_from_laplace_needs_no_bridge(restarts):
     bridged, means = {}, {}
     for start in ("prior", "laplace"):
-        posterior = quiet(collinear, collinear_data(), seed=0, start=start, restarts=restarts)
+        posterior = quiet_fit(collinear, collinear_data(), seed=0, start=start, restarts=restarts)
         bridged[start] = int((posterior.trace["bridge"] < 1).sum())
         means[start] = posterior.mean("first") / posterior.sd("first")
     assert bridged["laplace"] <= 5 < 20 < bridged["prior"]
@@ -180,7 +173,7 @@ def two_levels():
 
 def test_a_start_that_cannot_be_had_is_refused_with_the_remedy():
     with pytest.raises(UnsupportedError, match="laplace cannot fit this model") as refused:
-        quiet(two_levels, {"y": np.zeros(3)}, start="laplace")
+        quiet_fit(two_levels, {"y": np.zeros(3)}, start="laplace")
     assert "'high'" in str(refused.value) and "start='prior'" in str(refused.value)
     with pytest.raises(ModelError, match="prior, standard, laplace, gbp"):
         QEM(start="newton")

@@ -27,23 +27,15 @@ from ppl.backend import Settings
 from ppl.inference.particles.estep import draw_all, evaluated, weigh
 from ppl.inference.qem import QEM, init, prepare
 from ppl.streams import Streams
+from tests.smoothers import forward_backward, normal_log_likelihood
 
 START = np.array([0.5, 0.3, 0.2])
 ROWS = np.array([[0.8, 0.1, 0.1], [0.2, 0.7, 0.1], [0.1, 0.3, 0.6]])
 Y = np.array([0.1, -0.3, 1.2, 1.9, 2.3, math.nan, 0.2, 0.9, 1.1, 2.0])
 
 
-def forward_backward(y, places, sd):
-    """Evidence and smoothed state probabilities, in the log domain, by the textbook recursions."""
-    see = np.stack([stats.norm.logpdf(y, p, sd) for p in places], 1)
-    see = np.where(np.isnan(y)[:, None], 0.0, see)
-    ahead, back = [np.log(START) + see[0]], [np.zeros(3)]
-    for t in range(1, len(y)):
-        ahead.append(logsumexp(ahead[-1][:, None] + np.log(ROWS), 0) + see[t])
-        back.append(logsumexp(np.log(ROWS) + (back[-1] + see[-t])[None], 1))
-    both = np.array(ahead) + np.array(back[::-1])
-    log = logsumexp(ahead[-1])
-    return float(log), np.exp(both - log)
+def states(y, places, sd):
+    return forward_backward(START, ROWS, normal_log_likelihood(y, places, sd))
 
 
 @model
@@ -69,22 +61,13 @@ def free():
 
 def test_a_model_without_continuous_latents_is_exact():
     posterior = infer(fixed, {"y": Y}, method="qem", seed=0)
-    log, table = forward_backward(Y, [0.0, 1.0, 2.0], 0.5)
-    assert posterior.log_evidence.value == pytest.approx(log, abs=1e-10)
-    np.testing.assert_allclose(posterior.probs("z").numpy(), table, atol=1e-10)
+    exact = states(Y, [0.0, 1.0, 2.0], 0.5)
+    assert posterior.log_evidence.value == pytest.approx(exact.log_evidence, abs=1e-10)
+    np.testing.assert_allclose(posterior.probs("z").numpy(), exact.single, atol=1e-10)
     draws = posterior.samples(4000)["z"].long()
     pairs = np.zeros((3, 3))
     np.add.at(pairs, (draws[:, 2].numpy(), draws[:, 3].numpy()), 1 / 4000)
-    see = stats.norm.logpdf(Y[:, None], [0.0, 1.0, 2.0], 0.5)
-    see[np.isnan(Y)] = 0.0
-    ahead = [np.log(START) + see[0]]
-    for t in range(1, 3):
-        ahead.append(logsumexp(ahead[-1][:, None] + np.log(ROWS), 0) + see[t])
-    back = np.zeros(3)
-    for t in range(len(Y) - 1, 3, -1):
-        back = logsumexp(np.log(ROWS) + (back + see[t])[None], 1)
-    expected = np.exp(ahead[2][:, None] + np.log(ROWS) + (see[3] + back)[None] - log)
-    assert np.abs(pairs - expected).max() < 4 * 0.5 / math.sqrt(4000)
+    assert np.abs(pairs - exact.pairs[2]).max() < 4 * 0.5 / math.sqrt(4000)
 
 
 @pytest.mark.parametrize("chains", ["scan", "tree"])
@@ -97,7 +80,7 @@ def test_every_particle_of_the_rest_has_the_evidence_of_the_forward_algorithm(ch
     shift, spread = (drawn[axis].values[n].numpy() for n in ("shift", "spread"))
     logs, tables = [], []
     for a, b, log_q in zip(shift, spread, drawn[axis].log_q.numpy(), strict=True):
-        log, table = forward_backward(Y, [a, a + 1, a + 2], math.exp(b))
+        log, table, _ = states(Y, [a, a + 1, a + 2], math.exp(b))
         prior = stats.norm.logpdf(a) + stats.norm.logpdf(b, -0.5, 0.3)
         logs.append(log + prior - log_q - math.log(6))
         tables.append(table)
@@ -115,7 +98,7 @@ def test_continuous_numbers_beside_the_chain_agree_with_a_grid():
     logs = np.array(
         [
             [
-                forward_backward(Y, [a, a + 1, a + 2], math.exp(b))[0]
+                states(Y, [a, a + 1, a + 2], math.exp(b)).log_evidence
                 + stats.norm.logpdf(a)
                 + stats.norm.logpdf(b, -0.5, 0.3)
                 for b in spreads
@@ -177,6 +160,6 @@ def test_series_of_different_lengths_are_a_grid_with_gaps():
     y = np.stack([Y, np.where(np.arange(10) < 4, Y, math.nan)])
     posterior = infer(panel, {"y": y}, method="qem", seed=0)
     places = [0.0, 1.0, 2.0]
-    whole, part = forward_backward(Y, places, 0.5), forward_backward(Y[:4], places, 0.5)
+    whole, part = states(Y, places, 0.5), states(Y[:4], places, 0.5)
     assert posterior.log_evidence.value == pytest.approx(whole[0] + part[0], abs=1e-10)
     np.testing.assert_allclose(posterior.probs("z")[1, :4].numpy(), part[1], atol=1e-10)

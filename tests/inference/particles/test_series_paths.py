@@ -19,6 +19,8 @@ from ppl.inference.particles.proposals import Joint, Proposal
 from ppl.inference.qem import QEM, init, prepare
 from ppl.models.timeseries import local_level, local_linear_trend, simulated
 from ppl.streams import Streams
+from tests.small_programs import autoregression
+from tests.smoothers import Smoothed, autoregression_smoother, kalman_smoother
 
 
 def random_joint(*lead: int, d: int = 2) -> Joint:
@@ -94,60 +96,31 @@ def walk():
         observe("y", Normal(x, sd))
 
 
-def smoother(y, gain, noise, see, error, mean, cov):
-    """Means, covariances and evidence of x_t = gain x_{t-1} + noise, y_t = see x_t + error; the dense joint Gaussian."""
-    length, d = len(y), len(mean)
-    joint = np.zeros((length * d, length * d))
-    means, now = [np.asarray(mean)], np.asarray(cov)
-    joint[:d, :d] = now
-    for t in range(1, length):
-        means.append(gain @ means[-1])
-        now = gain @ now @ gain.T + noise
-        at = slice(t * d, (t + 1) * d)
-        joint[at, : t * d] = gain @ joint[at.start - d : at.start, : t * d]
-        joint[: t * d, at] = joint[at, : t * d].T
-        joint[at, at] = now
-    seen = ~np.isnan(np.asarray(y, float).reshape(length, -1)[:, 0])
-    map_ = (
-        np.kron(np.eye(length), see).reshape(length, -1, length * d)[seen].reshape(-1, length * d)
-    )
-    flat = np.asarray(y, float).reshape(length, -1)[seen].ravel()
-    prior = np.concatenate(means)
-    total = map_ @ joint @ map_.T + np.kron(np.eye(seen.sum()), error)
-    weight = np.linalg.solve(total, map_ @ joint).T
-    posterior = joint - weight @ map_ @ joint
-    log = stats.multivariate_normal(map_ @ prior, total).logpdf(flat)
-    return prior + weight @ (flat - map_ @ prior), posterior, float(log)
+WALK = {"gain": 0.9, "step": 0.3, "noise": 0.5}
 
 
-def exact_joint(mean: np.ndarray, cov: np.ndarray, d: int) -> Joint:
+def exact_joint(exact: Smoothed) -> Joint:
     """State of the proposal that is the posterior."""
-    length = len(mean) // d
-    place = [slice(t * d, (t + 1) * d) for t in range(length)]
-    m = torch.tensor(mean.reshape(length, d))
-    c = torch.tensor(np.stack([cov[p, p] for p in place]))
-    cross = torch.tensor(np.stack([cov[a, b] for a, b in zip(place[:-1], place[1:], strict=True)]))
-    return paths._neighbours(m, c, cross, 0)
+    mean, cov, lag = (torch.tensor(x) for x in (exact.mean, exact.cov, exact.lag))
+    return paths._neighbours(mean, cov, lag.mT, 0)
 
 
 @pytest.mark.parametrize("particles", [1, 2, 7])
 def test_exact_conditionals_give_the_evidence_without_error(particles):
     y = [0.4, -0.2, 0.9, math.nan, 1.5, 1.1]
-    one = np.eye(1)
-    mean, cov, log = smoother(y, 0.9 * one, 0.09 * one, one, 0.25 * one, [0.0], one)
+    exact = autoregression_smoother(y, **WALK)
     problem = prepare(walk.bind({"y": y}), QEM(particles=particles), Settings(Streams(1)))
-    q = Approximation({"k:x": Proposal(exact_joint(mean, cov, 1), {})}, {})
+    q = Approximation({"k:x": Proposal(exact_joint(exact), {})}, {})
     drawn = draw_all(problem.weighting, q, Streams(1))
     found = weigh(evaluated(problem, problem.weighting, drawn, q))
-    assert float(found.log_z) == pytest.approx(log, abs=1e-7)
+    assert float(found.log_z) == pytest.approx(exact.log_evidence, abs=1e-7)
     last = found.marginals["k:x"][-1]
     torch.testing.assert_close(last, torch.full_like(last, 1 / particles), rtol=0, atol=1e-7)
 
 
 def test_the_evidence_is_unbiased():
     y = [0.4, -0.2, 0.9, 1.5]
-    one = np.eye(1)
-    _, _, log = smoother(y, 0.9 * one, 0.09 * one, one, 0.25 * one, [0.0], one)
+    log = autoregression_smoother(y, **WALK).log_evidence
     problem = prepare(walk.bind({"y": y}), QEM(particles=2), Settings(Streams(5), restarts=4000))
     start = init(problem).q
     prior = start.proposals["k:x"].joint
@@ -160,11 +133,17 @@ def test_the_evidence_is_unbiased():
     assert error < 0.05
 
 
-def agreement(posterior, name, mean, cov):
+def agreement(posterior, name, exact):
     """Largest error of means in posterior sds, and of log sds."""
-    sd = np.sqrt(np.diag(cov))
-    apart = np.abs(posterior.mean(name).numpy().ravel() - mean) / sd
-    return float(apart.max()), float(np.abs(np.log(posterior.sd(name).numpy().ravel() / sd)).max())
+    sd = np.sqrt(np.diagonal(exact.cov, axis1=1, axis2=2)).reshape(posterior.mean(name).shape)
+    apart = np.abs(posterior.mean(name).numpy() - exact.mean.reshape(sd.shape)) / sd
+    return float(apart.max()), float(np.abs(np.log(posterior.sd(name).numpy() / sd)).max())
+
+
+def moving_smoother(y, shake):
+    """Of a place that moves by its speed, both shaken, from scales of 5; the place is read with noise of scale 1."""
+    move, read = np.array([[1.0, 1.0], [0.0, 1.0]]), np.array([[1.0, 0.0]])
+    return kalman_smoother(y, np.zeros(2), 25 * np.eye(2), move, shake, read, np.eye(1))
 
 
 def test_local_level_agrees_with_the_smoother():
@@ -172,12 +151,11 @@ def test_local_level_agrees_with_the_smoother():
         local_level, 40, {"level_sd": 0.1, "noise_sd": 1.0, "start_sd": 10.0}, seed=1
     )
     data["y"][5:9] = math.nan
-    one = np.eye(1)
-    mean, cov, log = smoother(data["y"].numpy(), one, 0.01 * one, one, one, [0.0], 100 * one)
+    exact = autoregression_smoother(data["y"], 1.0, 0.1, 1.0, first_sd=10.0)
     posterior = infer(local_level, data, method="qem", particles=100, seed=0)
-    far, spread = agreement(posterior, "level", mean, cov)
+    far, spread = agreement(posterior, "level", exact)
     assert far < 0.06 and spread < 0.05
-    assert posterior.log_evidence.value == pytest.approx(log, abs=0.1)
+    assert posterior.log_evidence.value == pytest.approx(exact.log_evidence, abs=0.1)
     assert float(posterior.diagnostics.ess["level"].min()) > 2000
 
 
@@ -185,20 +163,11 @@ def test_local_level_agrees_with_the_smoother():
 def test_local_linear_trend_agrees_with_the_smoother():
     known = {"level_sd": 0.1, "slope_sd": 0.02, "noise_sd": 1.0, "start_sd": 5.0}
     data, _ = simulated(local_linear_trend, 50, known, seed=1)
-    gain, noise = np.array([[1.0, 1.0], [0.0, 1.0]]), np.diag([0.01, 0.0004])
-    mean, cov, log = smoother(
-        data["y"].numpy(),
-        gain,
-        noise,
-        np.array([[1.0, 0.0]]),
-        np.eye(1),
-        np.zeros(2),
-        25 * np.eye(2),
-    )
+    exact = moving_smoother(data["y"], np.diag([0.01, 0.0004]))
     posterior = infer(local_linear_trend, data, method="qem", particles=100, seed=0)
-    far, spread = agreement(posterior, "state", mean, cov)
+    far, spread = agreement(posterior, "state", exact)
     assert far < 0.1 and spread < 0.05
-    assert posterior.log_evidence.value == pytest.approx(log, abs=0.15)
+    assert posterior.log_evidence.value == pytest.approx(exact.log_evidence, abs=0.15)
 
 
 @model
@@ -220,33 +189,24 @@ def tracked():
 @pytest.mark.slow
 def test_tracking_agrees_with_the_smoother():
     y = tracked.sample(1, sizes={"time": 50}, seed=3)["y"][0]
-    gain = np.array([[1.0, 1.0], [0.0, 1.0]])
-    noise = 0.01 * np.array([[1 / 3, 1 / 2], [1 / 2, 1.0]])
-    mean, cov, log = smoother(
-        y.numpy(), gain, noise, np.array([[1.0, 0.0]]), np.eye(1), np.zeros(2), 25 * np.eye(2)
-    )
+    exact = moving_smoother(y, 0.01 * np.array([[1 / 3, 1 / 2], [1 / 2, 1.0]]))
     posterior = infer(tracked, {"y": y}, method="qem", particles=100, seed=0)
-    far, spread = agreement(posterior, "s", mean, cov)
+    far, spread = agreement(posterior, "s", exact)
     assert far < 0.1 and spread < 0.06
-    assert posterior.log_evidence.value == pytest.approx(log, abs=0.15)
+    assert posterior.log_evidence.value == pytest.approx(exact.log_evidence, abs=0.15)
 
 
 def test_drawn_paths_have_the_lag_one_correlation_of_the_posterior():
     """Draws from the marginals of each time would have none."""
-
-    @model
-    def slow():
-        with plate("day", ordered=True):
-            x = latent("x", Markov(Normal(0.0, 1.0), lambda before: Normal(0.99 * before, 0.1)))
-            observe("y", Normal(x, 3.0))
-
-    y = slow.sample(1, sizes={"day": 40}, seed=2)["y"][0]
-    one = np.eye(1)
-    _, cov, _ = smoother(y.numpy(), 0.99 * one, 0.01 * one, one, 9 * one, [0.0], one)
+    series = {"gain": 0.99, "step": 0.1, "noise": 3.0}
+    slow = autoregression(**series)
+    y = slow.sample(1, sizes={"time": 40}, seed=2)["y"][0]
+    exact = autoregression_smoother(y, **series)
+    sd = np.sqrt(exact.cov[:, 0, 0])
     draws = infer(slow, {"y": y}, method="qem", particles=50, seed=0).samples(4000)["x"]
     for t in (5, 20, 38):
         found = np.corrcoef(draws[:, t].numpy(), draws[:, t + 1].numpy())[0, 1]
-        expected = cov[t, t + 1] / math.sqrt(cov[t, t] * cov[t + 1, t + 1])
+        expected = exact.lag[t, 0, 0] / (sd[t] * sd[t + 1])
         assert expected > 0.97
         assert found == pytest.approx(expected, abs=0.01)
 

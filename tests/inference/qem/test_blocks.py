@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 
@@ -18,7 +16,6 @@ from ppl import (
     Poisson,
     UnsupportedError,
     dot,
-    infer,
     latent,
     model,
     observe,
@@ -26,6 +23,7 @@ from ppl import (
 )
 from ppl.inference.particles.blocks import make_blocks
 from ppl.inference.qem import QEM
+from tests.quiet import quiet_fit
 
 
 def names(program, options=None, **binding):
@@ -100,12 +98,6 @@ def test_a_chain_keeps_its_plate_and_an_index_of_its_own():
     ]
 
 
-def fit(*args, **options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return infer(*args, method="qem", seed=0, **options)
-
-
 @model
 def contaminated():
     share = latent("share", Normal(0.0, 1.0))
@@ -116,8 +108,8 @@ def contaminated():
 
 def test_sampled_and_enumerated_discrete_latents_agree():
     data = {"x": [0.1, 3.9, 2.0, -0.5, 4.4, 0.3]}
-    enumerated = fit(contaminated, data)
-    sampled = fit(contaminated, data, enumerate_up_to=1)
+    enumerated = quiet_fit(contaminated, data)
+    sampled = quiet_fit(contaminated, data, enumerate_up_to=1)
     assert torch.allclose(enumerated.probs("bad"), sampled.probs("bad"), atol=0.03)
     assert abs(float(enumerated.mean("share") - sampled.mean("share"))) < 0.1
     assert abs(enumerated.log_evidence.value - sampled.log_evidence.value) < 0.1
@@ -129,7 +121,7 @@ def test_vectors_of_discrete_values_are_sampled():
         on = latent("on", Bernoulli(0.5), shape=3)
         observe("y", Normal((on * torch.tensor([1.0, 2.0, 4.0])).sum(), 0.3))
 
-    probs = fit(switches, {"y": 5.0}).probs("on")[:, 1]
+    probs = quiet_fit(switches, {"y": 5.0}).probs("on")[:, 1]
     assert torch.allclose(probs, torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64), atol=0.05)
 
 
@@ -143,7 +135,7 @@ def test_counts_without_a_bound_have_a_proposal_of_their_own_family():
     log = torch.distributions.Poisson(4.0).log_prob(values) + torch.distributions.Normal(
         values, 1.0
     ).log_prob(torch.tensor(7.0))
-    posterior = fit(counted, {"y": 7.0})
+    posterior = quiet_fit(counted, {"y": 7.0})
     exact = (log.softmax(0) * values).sum()
     assert abs(float(posterior.mean("n") - exact)) < 0.05
     assert abs(posterior.log_evidence.value - float(log.logsumexp(0))) < 0.05
@@ -156,9 +148,11 @@ def wide():
 
 
 def test_blocks_are_merged_where_no_plate_can_be_split():
-    apart = fit(wide, {"y": 1.0}, joint_up_to=0, particles=40, final_particles=40, max_iters=3)
+    apart = quiet_fit(
+        wide, {"y": 1.0}, joint_up_to=0, particles=40, final_particles=40, max_iters=3
+    )
     assert len(apart.diagnostics.notes["particles"]) == 3
-    merged = fit(
+    merged = quiet_fit(
         wide,
         {"y": 1.0},
         joint_up_to=0,
@@ -172,14 +166,16 @@ def test_blocks_are_merged_where_no_plate_can_be_split():
 
 def test_a_budget_that_nothing_fits_is_an_error_with_the_remedy():
     with pytest.raises(UnsupportedError, match=r"particles.* memory"):
-        fit(wide, {"y": 1.0}, particles=1000, memory="1KiB")
+        quiet_fit(wide, {"y": 1.0}, particles=1000, memory="1KiB")
 
 
 def test_a_split_plate_gives_the_same_answer():
     generator = torch.Generator().manual_seed(0)
     y = torch.randn(3, 4, generator=generator, dtype=torch.float64)
     whole, split = (
-        fit(hierarchy, {"y": y}, particles=30, final_particles=30, max_iters=20, tol=0, memory=m)
+        quiet_fit(
+            hierarchy, {"y": y}, particles=30, final_particles=30, max_iters=20, tol=0, memory=m
+        )
         for m in (None, "60KiB")
     )
     assert (
@@ -199,7 +195,9 @@ def test_a_family_starts_at_the_prior_where_nothing_else_is_given():
             observe("count", Poisson(level))
 
     data = {"count": [1, 0, 2]}
-    plain, family = (fit(rate, data, start="standard", q=q) for q in (None, {"level": "Gamma"}))
+    plain, family = (
+        quiet_fit(rate, data, start="standard", q=q) for q in (None, {"level": "Gamma"})
+    )
     assert abs(float(plain.mean("level") - family.mean("level"))) < 0.03
 
 
@@ -210,7 +208,7 @@ def test_a_joint_proposal_starts_where_it_is_told():
         observe("y", Normal(w.sum(), 1.0))
 
     start = MultivariateNormal(torch.tensor([0.3, 0.3]), 0.5 * torch.eye(2))
-    posterior = fit(vector, {"y": 1.0}, q={"w": start})
+    posterior = quiet_fit(vector, {"y": 1.0}, q={"w": start})
     assert torch.allclose(
         posterior.mean("w"), torch.full((2,), 1 / 3, dtype=torch.float64), atol=0.03
     )

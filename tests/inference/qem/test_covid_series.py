@@ -10,6 +10,7 @@ from ppl.backend import Settings
 from ppl.inference.qem import QEM, init, prepare, step
 from ppl.models import covid, datasets
 from ppl.streams import Streams
+from tests.data_files import data_file
 
 GLOBALS = (
     *("CM_alpha", "Wearing_alpha", "Mobility_alpha", "RegionR"),
@@ -23,8 +24,7 @@ PATH = {0: (-3.69e6, 1.6), 10: (-1.08e6, 2.0), 50: (-114e3, 1.1)}
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_log_evidence_of_daily_covid_follows_the_path_of_the_paper(seed):
-    if datasets.find("covid/covid_daily.npz") is None:
-        pytest.skip("the data file 'covid/covid_daily.npz' is not on this machine; see PPL_DATA")
+    data_file("covid/covid_daily.npz")
     options = QEM(particles=3, step=0.1, bridge=False, joint_up_to=0, start="standard",
                   groups=[GLOBALS, ("InitialSize_log", "log_infected_noise", "psi")])  # fmt: skip
     problem = prepare(covid.bind(datasets.covid().train), options, Settings(Streams(seed)))

@@ -10,63 +10,16 @@ import torch
 
 from ppl import (
     RWS,
-    Bernoulli,
-    Beta,
-    Categorical,
-    Gamma,
     ModelError,
-    Normal,
-    Poisson,
     UnsupportedError,
     infer,
-    latent,
-    model,
-    observe,
-    param,
-    plate,
 )
 from ppl.backend import Settings
 from ppl.inference.particles import LinearGaussian
 from ppl.inference.rws import kernel, raw
 from ppl.streams import Streams
-
-
-@model
-def coin():
-    bias = latent("bias", Beta(2.0, 2.0))
-    with plate("toss"):
-        observe("heads", Bernoulli(bias))
-
-
-@model
-def events():
-    rate = latent("rate", Gamma(2.0, 1.0))
-    with plate("day"):
-        observe("n", Poisson(rate))
-
-
-@model
-def scaled(unit=1.0):
-    level = latent("level", Normal(0.0, unit))
-    with plate("row"):
-        effect = latent("effect", Normal(level, unit))
-        observe("y", Normal(effect / unit, 0.5))
-
-
-@model
-def schools():
-    centre = param("centre", 0.0)
-    with plate("school"):
-        effect = latent("effect", Normal(centre, 1.0))
-        observe("y", Normal(effect, 1.0))
-
-
-@model
-def clusters():
-    shift = latent("shift", Normal(0.0, 1.0))
-    with plate("point"):
-        z = latent("z", Categorical(torch.tensor([0.3, 0.7])))
-        observe("x", Normal(shift + 3.0 * z, 1.0))
+from tests import conjugate
+from tests.small_programs import clusters, scaled, schools
 
 
 def made(program, data, restarts=1, **options):
@@ -76,18 +29,20 @@ def made(program, data, restarts=1, **options):
 
 
 @pytest.mark.parametrize(
-    ("program", "data", "site", "family", "law"),
+    ("case", "family"),
     [
-        (coin, {"heads": [1, 0, 1, 1, 1]}, "bias", "Beta", torch.distributions.Beta(6.0, 3.0)),
-        (events, {"n": [3, 1, 4]}, "rate", "Gamma", torch.distributions.Gamma(10.0, 4.0)),
+        (conjugate.bernoulli([1, 0, 1, 1, 1], 2.0, 2.0), "Beta"),
+        (conjugate.poisson([3, 1, 4], 2.0, 1.0), "Gamma"),
     ],
+    ids=["beta", "gamma"],
 )
-def test_the_family_of_the_posterior_is_reached(program, data, site, family, law):
-    posterior = infer(program, data, method="rws", q={site: family}, particles=100, seed=0)
-    assert abs(float(posterior.mean(site)) - float(law.mean)) < 0.05 * float(law.stddev)
-    assert abs(math.log(float(posterior.sd(site) / law.stddev))) < 0.05
-    exact = infer(program, data, method="exact").log_evidence.value
-    assert abs(posterior.log_evidence.value - exact) < 5 * posterior.log_evidence.se + 1e-3
+def test_the_family_of_the_posterior_is_reached(case, family):
+    options = {"q": {case.site: family}, "particles": 100}
+    posterior = infer(case.program, case.data, method="rws", seed=0, **options)
+    assert abs(float(posterior.mean(case.site)) - case.law.mean()) < 0.05 * case.law.std()
+    assert abs(math.log(float(posterior.sd(case.site)) / case.law.std())) < 0.05
+    found = posterior.log_evidence
+    assert abs(found.value - case.evidence) < 5 * found.se + 1e-3
 
 
 @pytest.mark.parametrize("joint_up_to", [0, 12])
@@ -110,7 +65,7 @@ def test_the_step_follows_the_gradient_of_the_weighted_log_density(joint_up_to):
 @pytest.mark.parametrize("family", [None, "Gamma"])
 def test_coordinates_give_back_the_proposal_that_they_came_from(family):
     options = {"q": {"rate": family}} if family else {}
-    problem, state = made(events, {"n": [3]}, restarts=2, particles=5, **options)
+    problem, state = made(conjugate.counts, {"count": [3]}, restarts=2, particles=5, **options)
     q = kernel.approximation(problem, state.ascent.theta, {})
     again, theta = raw.flatten(problem.inner.blocks, q.proposals, 2)
     assert torch.allclose(theta, state.ascent.theta)

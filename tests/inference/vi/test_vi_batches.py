@@ -11,7 +11,6 @@ from ppl import (
     Categorical,
     Normal,
     UnsupportedError,
-    given,
     infer,
     latent,
     model,
@@ -24,13 +23,7 @@ from ppl.inference.vi import kernel
 from ppl.inference.vi.batches import step_on_batch
 from ppl.inference.vi.estimators import ESTIMATORS
 from ppl.streams import Streams
-
-
-@model
-def regression():
-    base, slope = latent("base", Normal(0.0, 3.0)), latent("slope", Normal(0.0, 3.0))
-    with plate("row"):
-        observe("y", Normal(base + slope * given("x"), 0.5))
+from tests.small_programs import line
 
 
 @model
@@ -114,8 +107,8 @@ def test_elements_outside_the_batch_keep_their_parameters():
 def test_batches_lead_to_the_same_posterior(options):
     x = torch.linspace(0.5, 2.0, 60, dtype=torch.float64)
     data = {"x": x, "y": 1.0 + 2.0 * x + 0.5 * torch.randn(60, dtype=torch.float64)}
-    whole = infer(regression, data, method="vi", seed=0, tol=0.03, **options)
-    part = infer(regression, data, method="vi", seed=0, minibatch={"row": 20}, **options)
+    whole = infer(line, data, method="vi", seed=0, tol=0.03, **options)
+    part = infer(line, data, method="vi", seed=0, minibatch={"row": 20}, **options)
     for site in ("base", "slope"):
         assert abs(float(part.mean(site) - whole.mean(site))) < 0.4 * float(whole.sd(site))
         assert abs(float((part.sd(site) / whole.sd(site)).log())) < 0.3
@@ -137,7 +130,7 @@ def test_latents_of_the_plate_are_learned_batch_by_batch(program, estimator):
 def test_what_does_not_part_is_refused():
     with pytest.raises(UnsupportedError, match="bounds of several particles"):
         infer(
-            regression,
+            line,
             {"x": [1.0, 2.0], "y": [1.0, 2.0]},
             method="vi",
             particles=3,

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from ppl import VI, Normal, infer, latent, model, observe, param, plate
-from ppl import given as known
+from ppl import VI, Normal, infer, latent, model, observe
+from tests.conjugate import normal_mean
+from tests.small_programs import line, schools
 
 X = torch.tensor([0.5, 1.0, 1.5, 2.5], dtype=torch.float64)
 Y = torch.tensor([0.1, 0.9, 1.6, 3.2], dtype=torch.float64)
@@ -18,23 +19,8 @@ COVARIANCE = torch.linalg.inv(PRECISION)
 MEAN = COVARIANCE @ DESIGN.T @ Y / 0.25
 
 
-@model
-def regression():
-    base, slope = latent("base", Normal(0.0, 3.0)), latent("slope", Normal(0.0, 3.0))
-    with plate("row"):
-        observe("y", Normal(base + slope * known("x"), 0.5))
-
-
-@model
-def schools():
-    centre = param("centre", 0.0)
-    with plate("school"):
-        effect = latent("effect", Normal(centre, 1.0))
-        observe("y", Normal(effect, 1.0))
-
-
 def fit(**options):
-    return infer(regression, {"x": X, "y": Y}, method="vi", seed=0, **options)
+    return infer(line, {"x": X, "y": Y}, method="vi", seed=0, **options)
 
 
 def moments(posterior):
@@ -51,7 +37,7 @@ def test_mean_field_has_the_scale_of_the_conditional_not_of_the_marginal(estimat
         assert abs(math.log(float(posterior.sd(site) / want[i]))) < 0.06
     # Twice the loss of the bound is log |cov| - log |diagonal of precision|^-1.
     gap = 0.5 * float(torch.logdet(COVARIANCE) - want.log().sum() * 2)
-    exact = infer(regression, {"x": X, "y": Y}, method="exact").log_evidence.value
+    exact = infer(line, {"x": X, "y": Y}, method="exact").log_evidence.value
     assert abs(posterior.log_evidence.value - (exact - gap)) < 5 * posterior.log_evidence.se + 0.01
     assert posterior.log_evidence.kind == "bound"
 
@@ -59,7 +45,7 @@ def test_mean_field_has_the_scale_of_the_conditional_not_of_the_marginal(estimat
 @pytest.mark.parametrize("options", [{"family": "full_rank"}, {"family": "low_rank", "rank": 1}])
 def test_correlations_make_the_bound_tight(options):
     posterior = fit(tol=0.03, **options)
-    exact = infer(regression, {"x": X, "y": Y}, method="exact").log_evidence.value
+    exact = infer(line, {"x": X, "y": Y}, method="exact").log_evidence.value
     assert posterior.log_evidence.value == pytest.approx(exact, abs=2e-3)
     assert torch.allclose(torch.cov(moments(posterior)), COVARIANCE, rtol=0.05, atol=1e-3)
     sds = torch.stack([posterior.sd("base"), posterior.sd("slope")])
@@ -87,18 +73,13 @@ def test_a_bad_fit_is_flagged_and_weights_mend_it():
 
 @pytest.mark.parametrize("options", [{}, {"estimator": "natural"}, {"parallel": True, "tol": 0.03}])
 def test_tempering_gives_the_cold_posterior(options):
-    @model
-    def mean_of():
-        centre = latent("centre", Normal(0.0, 1.0))
-        with plate("row"):
-            observe("y", Normal(centre, 1.0))
-
+    program = normal_mean(loc=0.0, scale=1.0, noise=1.0)
     y = torch.tensor([1.0, 2.0, 0.6, 1.4], dtype=torch.float64)
     with pytest.warns(UserWarning, match="not a posterior"):
-        posterior = infer(mean_of, {"y": y}, method="vi", tempering=0.25, seed=0, **options)
+        posterior = infer(program, {"y": y}, method="vi", tempering=0.25, seed=0, **options)
     precision = 1.0 + 4 / 0.25
-    assert abs(float(posterior.mean("centre")) - 20.0 / precision) < 0.02
-    assert abs(math.log(float(posterior.sd("centre")) * math.sqrt(precision))) < 0.08
+    assert abs(float(posterior.mean("mean")) - 20.0 / precision) < 0.02
+    assert abs(math.log(float(posterior.sd("mean")) * math.sqrt(precision))) < 0.08
 
 
 @pytest.mark.parametrize("options", [{}, {"estimator": "natural"}, {"parallel": True}])
@@ -136,5 +117,5 @@ def test_sgd_is_there_too():
 
 
 def test_options_can_stand_in_a_record():
-    posterior = infer(regression, {"x": X, "y": Y}, method=VI(family="full_rank"), seed=0)
+    posterior = infer(line, {"x": X, "y": Y}, method=VI(family="full_rank"), seed=0)
     assert torch.equal(posterior.mean("base"), fit(family="full_rank").mean("base"))

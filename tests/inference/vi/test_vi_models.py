@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from ppl import (
-    Categorical,
     Dirichlet,
     Gamma,
     HalfNormal,
@@ -26,24 +25,9 @@ from ppl import (
     plate,
 )
 from ppl.inference.numerics.ivon import curvature_step, mean_step
+from tests.small_programs import clusters, scaled
 
 STEPS = {"settle": False, "tol": 0.0, "max_iters": 40, "start": "standard"}
-
-
-@model
-def clusters():
-    shift = latent("shift", Normal(0.0, 1.0))
-    with plate("point"):
-        z = latent("z", Categorical(torch.tensor([0.3, 0.7])))
-        observe("x", Normal(shift + 3.0 * z, 1.0))
-
-
-@model
-def scaled(unit=1.0):
-    level = latent("level", Normal(0.0, unit))
-    with plate("row"):
-        effect = latent("effect", Normal(level, unit))
-        observe("y", Normal(effect / unit, 0.5))
 
 
 def test_discrete_latents_are_summed_and_drawn_with_the_others():
@@ -182,7 +166,10 @@ def test_a_discrete_latent_without_end_is_refused_by_name():
         ({"estimator": "natural", "particles": 3}, "particles.*draws="),
         ({"particles": 0}, "at least 1, got 0"),
         ({"learning_rate": -1.0}, "positive"),
-        ({"groups": [["scale"]]}, r"only VI\(parallel=True\)"),
+        ({"groups": [["scale"]]}, r"VI\(groups=...\) is an option of parallel=True"),
+        ({"rank": 3}, "is an option of family='low_rank'"),
+        ({"joint_up_to": 3, "parallel": True}, "is an option of parallel=True with family="),
+        ({"momentum": 0.5}, "is an option of optimiser='sgd'"),
     ],
 )
 def test_options_that_make_no_sense_are_refused_in_words(options, text):

@@ -19,7 +19,7 @@ from ppl.inference.particles.estep import draw_all, evaluated, weigh
 from ppl.inference.qem import QEM, init, prepare, step
 from ppl.streams import Streams
 from tests.inference.qem.acceptance import enumeration as en
-from tests.inference.qem.acceptance.closed_forms import kalman_smoother
+from tests.smoothers import autoregression_smoother
 
 Y = np.array([1.4, 1.0, 1.6])
 NOISE = 1.0
@@ -176,8 +176,7 @@ def series():
 
 @pytest.mark.parametrize("form", ["independent", "given the state before"])
 def test_08_unbiased_for_a_series(form):
-    one = np.eye(1)
-    exact = kalman_smoother(Y, [0.5], 2.25 * one, 0.8 * one, 0.49 * one, one, NOISE**2 * one)
+    exact = autoregression_smoother(Y, 0.8, 0.7, NOISE, 0.5, 1.5)
     made = partial(QEM, joint_up_to=0 if form == "independent" else 6, bridge=False)
     problem = prepare(series.bind({"y": Y}), made(particles=2), Settings(Streams(0)))
     assert (problem.blocks[0].form is None) == (form == "independent")

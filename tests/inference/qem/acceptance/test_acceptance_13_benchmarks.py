@@ -6,7 +6,6 @@ Settings of [Heap2025]: products of N(0, 1) at the start, a constant step, no br
 from __future__ import annotations
 
 import math
-import os
 from typing import NamedTuple
 
 import numpy as np
@@ -14,10 +13,10 @@ import pytest
 
 from ppl.backend import Settings
 from ppl.inference.qem import QEM, init, prepare, step
-from ppl.models.datasets import find
 from ppl.models.hierarchical import radon_counties, radon_states
 from ppl.models.logistic import bus_breakdown
 from ppl.streams import Streams
+from tests.data_files import data_file
 
 
 class Published(NamedTuple):
@@ -65,15 +64,10 @@ CASES = {
 
 def problem_of(name, seed):
     case = CASES[name]
-    path = find(case.file)
-    if path is None:
-        pytest.skip(
-            f"{case.file} is not on this machine: set PPL_DATA (now {os.environ.get('PPL_DATA')})"
-        )
-    with np.load(path) as archive:
+    with np.load(data_file(case.file)) as archive:
         data = {n: archive[f"{n}_train"] for n in case.arrays}
     options = QEM(particles=case.particles, step=case.step, groups=case.groups,
-                  start="standard", joint_up_to=0, bridge=False)  # fmt: skip
+                  start="standard", joint_up_to=0, bridge=False, stratified=False)  # fmt: skip
     return prepare(case.program.bind(data), options, Settings(Streams(seed)))
 
 
