@@ -201,6 +201,24 @@ def resolve(method: Any, options: Mapping[str, Any]) -> tuple[str, Backend, Any]
     )
 
 
+def refuse_idle(options: Any, **says: tuple[bool, str]) -> None:
+    """Refuse an option that was given beside others that leave it without a say.
+
+    Args:
+        options: of a backend, a dataclass.
+        **says: option -> whether it has a say, and what it is an option of, in words.
+
+    Raises:
+        ModelError: it is not at its default.
+    """
+    default = {f.name: f.default for f in dataclasses.fields(options)}
+    for option, (has_say, of) in says.items():
+        if not has_say and getattr(options, option) != default[option]:
+            raise ModelError(
+                f"{type(options).__name__}({option}=...) is an option of {of}. Leave it out, or take that."
+            )
+
+
 def make_options(name: str, kind: Callable[..., Any], options: Mapping[str, Any]) -> Any:
     """Build an options record; an unknown option is refused with the nearest spelling."""
     known = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -73,8 +74,10 @@ def _forecast_plate(posterior: Posterior, steps: Mapping[str, int]) -> tuple[str
         raise DataError(
             f"forecast: '{plate}' is not an ordered plate.{nearest(plate, ordered)} Ordered: {ordered or 'none'}."
         )
-    if count < 1:
-        raise DataError(f"forecast({plate}={count}): expected at least one step.")
+    if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
+        raise DataError(
+            f"forecast({plate}={count!r}): expected a whole number of steps, at least 1."
+        )
     return plate, count
 
 
@@ -148,7 +151,7 @@ def _with_future(bound: Bound, variable: Any, plate: str, count: int, new: Any) 
 
 def _continued(labels: Sequence[Any], count: int) -> Sequence[Any]:
     known = list(labels)
-    if all(isinstance(v, int) for v in known):
+    if all(isinstance(v, Integral) for v in known):  # of NumPy, too
         step = known[-1] - known[-2] if len(known) > 1 else 1
         return known + [known[-1] + step * (i + 1) for i in range(count)]
     return known + [f"+{i + 1}" for i in range(count)]

@@ -56,8 +56,8 @@ def nll(probs: Any, labels: Any) -> Tensor:
         labels: ``[*batch, rows]`` or ``[rows]``.
     """
     p, y = _checked("nll", probs, labels)
-    given = getattr(probs, "dtype", None)
-    dtype = given if isinstance(given, torch.dtype) and given.is_floating_point else p.dtype
+    given = torch.as_tensor(probs).dtype if hasattr(probs, "dtype") else p.dtype
+    dtype = given if given.is_floating_point else p.dtype
     hit = p.take_along_dim(y.unsqueeze(-1), -1).squeeze(-1)
     return -hit.clamp(min=torch.finfo(dtype).tiny).log().mean(-1)
 
@@ -169,13 +169,8 @@ def marginal_calibration_error(probs: Any, labels: Any, bins: int = 15) -> Tenso
     _check_bins("marginal_calibration_error", bins)
     p, y = _checked("marginal_calibration_error", probs, labels)
     each, hit = p.mT.contiguous(), _one_hot(y, p).mT.contiguous()
-    edges = [_kumar_edges(rows, bins) for rows in each.reshape(-1, *each.shape[-2:])]
-    flat = [
-        _binned(a, b, e)
-        for a, b, e in zip(
-            each.reshape(-1, *each.shape[-2:]), hit.reshape(-1, *hit.shape[-2:]), edges, strict=True
-        )
-    ]
+    tables = (t.reshape(-1, *t.shape[-2:]) for t in (each, hit))
+    flat = [_binned(a, b, _kumar_edges(a, bins)) for a, b in zip(*tables, strict=True)]
     squares = torch.stack([_unbiased_square(found).clamp(min=0).mean(-1) for found in flat])
     return squares.sqrt().reshape(each.shape[:-2])
 
@@ -253,8 +248,17 @@ def gaussian_mixture_log_density(value: Any, loc: Any, scale: Any) -> Tensor:
     tensor(0.3989, dtype=torch.float64)
     """
     y, m, s = _as_double(value), _as_double(loc), _as_double(scale)
-    if m.ndim < 1:
-        raise DataError("gaussian_mixture_log_density: expected loc [n, *batch], got one number.")
+    if m.ndim < 1 or m.shape[0] == 0:
+        raise DataError(
+            f"gaussian_mixture_log_density: expected loc [n, *batch], got shape {list(m.shape)}."
+        )
+    # Broadcasting would make a table of all pairs of [rows] and [n, rows, 1].
+    apart = zip(reversed(s.shape), reversed(m.shape), strict=False)
+    if y.shape != m.shape[1:] or s.ndim > m.ndim or any(a not in (1, b) for a, b in apart):
+        raise DataError(
+            f"gaussian_mixture_log_density: loc {list(m.shape)} needs values {list(m.shape[1:])} and scales that broadcast to "
+            f"its shape, got values {list(y.shape)} and scales {list(s.shape)}."
+        )
     if not bool((s > 0).all()):
         raise DataError("gaussian_mixture_log_density: a scale is not positive.")
     each = -0.5 * ((y - m) / s).square() - s.log() - 0.5 * math.log(2 * math.pi)
@@ -374,7 +378,7 @@ def _scores(name: str, values: Any) -> Tensor:
 
 
 def _as_double(values: Any) -> Tensor:
-    return torch.as_tensor(values).detach().double()
+    return torch.as_tensor(values, dtype=torch.float64).detach()
 
 
 def _check_bins(name: str, bins: int) -> None:

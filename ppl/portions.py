@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -74,8 +75,8 @@ def is_large(bound: Bound) -> bool:
 
 def draws_of(bound: Bound, n: int | None) -> int:
     """Number of draws: 1000 unless said, 30 of a large network."""
-    if n is not None and n < 1:
-        raise DataError(f"n={n}: expected at least one draw.")
+    if n is not None and (isinstance(n, bool) or not isinstance(n, Integral) or n < 1):
+        raise DataError(f"n={n!r}: expected a whole number of draws, at least 1.")
     if n is not None:
         return n
     return _DRAWS_OF_NETWORKS if is_large(bound) else _DRAWS

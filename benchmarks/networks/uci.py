@@ -9,6 +9,7 @@ on split 0, which the table leaves out.
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -92,6 +93,7 @@ def bayes(table: Table, width: int, method: str, seed: int, draws: int = 100) ->
     batch, epochs = effort(rows)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        start = time.process_time()  # as for the plain network
         posterior = infer(
             regression(hidden=(width,), prior=nn.isotropic(1.0)),
             data,
@@ -103,13 +105,14 @@ def bayes(table: Table, width: int, method: str, seed: int, draws: int = 100) ->
             warmup=WARMUP,
             **options,
         )
+        seconds = time.process_time() - start
         mean = posterior.predict({"x": test["x"]}, n=draws, seed=0).mean("y")
         densities = posterior.log_likelihood(test, n=draws, seed=0)["y"]
     return {
         "rmse": table.scale * float(metrics.rmse(mean, test["y"])),
         "log_likelihood": float(metrics.log_predictive_density(densities)) - math.log(table.scale),
         "noise": float(posterior.params["noise"]),
-        "seconds": posterior.diagnostics.seconds,
+        "seconds": seconds,
     }
 
 

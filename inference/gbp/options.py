@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ppl.backend import refuse_idle
 from ppl.errors import ModelError, nearest
 
 Schedule = Literal["auto", "flood", "sweep", "tree", "layers", "residual", "random", "attention"]
@@ -94,6 +95,15 @@ class GBP:
         self._check_ranges()
         if self.schedule == "attention" and not self.rows:
             raise ModelError("GBP(schedule='attention'): say which rows: rows={'site': mask}.")
+        jit = (self.cure or self.relinearise in ("auto", "jit"), "relinearise='jit'")
+        refuse_idle(
+            self,
+            active=(self.schedule in ("residual", "random"), "schedule='residual' or 'random'"),
+            rows=(self.schedule == "attention", "schedule='attention'"),
+            threshold=jit,
+            min_linear=jit,
+            graduated_steps=(self.graduated != 1, "graduated above 1"),
+        )
 
     def _check_ranges(self) -> None:
         ranges = {"damping": (0.0, 1.0), "dropout": (0.0, 1.0), "proximal": (0.0, float("inf"))}

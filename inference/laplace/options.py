@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ppl.backend import refuse_idle
 from ppl.errors import ModelError
 
 _CHOICES = {
@@ -72,3 +73,9 @@ class LaplaceApproximation:
                 raise ModelError(
                     f"LaplaceApproximation({name}=...): expected at least 1, got {getattr(self, name)!r}."
                 )
+        refuse_idle(
+            self,
+            damping=(self.optimiser == "lm", "optimiser='lm'"),
+            draws=(self.solver in ("auto", "cg"), "solver='cg'"),
+            graduated_steps=(self.graduated != 1, "graduated above 1"),
+        )

@@ -10,7 +10,9 @@ import math
 from typing import NamedTuple
 
 from ppl.errors import UnsupportedError
+from ppl.inference.networks.noise import table_size
 from ppl.inference.networks.records import Problem, Runs, State, sizes
+from ppl.inference.networks.slopes import noise_counts
 
 
 class Cost(NamedTuple):
@@ -57,7 +59,7 @@ def table(problem: Problem, state: State | None = None) -> str:
 
 
 def check_memory(problem: Problem, runs: Runs) -> None:
-    """Refuse a step that would need more than the budget: states before and after, and outputs of layers for a batch.
+    """Refuse a step that would need more than the budget: states before and after, noise, and outputs of layers for a batch.
 
     Raises:
         UnsupportedError: it names the layer whose outputs are largest.
@@ -67,6 +69,9 @@ def check_memory(problem: Problem, runs: Runs) -> None:
         return
     kept = 2 * sum(
         t.nbytes for run in runs.runs for t in (run.mean, run.raw, *run.memory, *run.indices)
+    )
+    kept += problem.bound.dtype.itemsize * sum(
+        table_size(sum(noise_counts(problem, run))) for run in runs.runs
     )
     batch = math.ceil(problem.examples / problem.parts)
     item = problem.bound.dtype.itemsize * _COPIES

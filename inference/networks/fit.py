@@ -16,12 +16,13 @@ from torch import Tensor
 from ppl.backend import Info, Settings
 from ppl.batches import Batch
 from ppl.binding import Bound
+from ppl.errors import ModelError
 from ppl.inference.networks import checks
 from ppl.inference.networks.costs import check_memory
 from ppl.inference.networks.forward import Draw, Wrap, callables, leaves, values_of
 from ppl.inference.networks.noise import generator_of, standard_noise
 from ppl.inference.networks.priors import make_priors
-from ppl.inference.networks.program import Program
+from ppl.inference.networks.program import Program, likelihood_factors
 from ppl.inference.networks.records import (
     Estimator,
     Factory,
@@ -41,6 +42,7 @@ from ppl.inference.networks.slopes import slopes_of
 from ppl.inference.networks.starts import first_params, make_starts, param_units
 from ppl.inference.networks.structure import Network, ProductNode, find_network
 from ppl.inference.networks.updates import moved
+from ppl.lower import variables_of
 from ppl.nn.structure import buffers
 
 _KL_EVERY = 10  # steps: a step does not need it, the report shows the last known
@@ -78,10 +80,12 @@ def prepare(
         factory: makes the products of such arrays.
         starts: changes where arrays start.
     """
+    _check_augment(bound, rule, method)
     network = find_network(bound)
     plate = next(iter(settings.minibatch), None) if settings.minibatch else None
     found = [choose_estimator(network, i, wish) for i in range(len(network.arrays))]
-    first = make_starts(bound, network, settings, rule.initial_sd)
+    priors = make_priors(bound, network)
+    usual = make_starts(bound, network, priors, settings, rule.initial_sd)
     return Problem(
         bound=bound,
         settings=settings,
@@ -90,10 +94,10 @@ def prepare(
         program=Program(
             bound, network, plate, training=_trains_norms(bound), changed=tuple(rule.augment)
         ),
-        priors=make_priors(bound, network),
+        priors=priors,
         estimators=tuple(kind for kind, _ in found),
         why=tuple(why for _, why in found),
-        starts=first if starts is None else starts(network, first),
+        starts=usual if starts is None else starts(network, usual),
         units=param_units(bound, network),
         is_sparse=tuple(is_sparse or [False] * len(network.arrays)),
         factory=factory or _no_factory,
@@ -102,6 +106,18 @@ def prepare(
         table={},
         method=method,
     )
+
+
+def _check_augment(bound: Bound, rule: Rule, method: str) -> None:
+    graph = bound.graph
+    read = {n for f in likelihood_factors(graph) for n in variables_of(graph, f)}
+    covariates = [v.name for v in graph.role("given") if v.name in read]
+    for name in rule.augment:
+        if name not in covariates:
+            raise ModelError(
+                f"{method.upper()}(augment={{{name!r}: ...}}): the likelihood reads no such covariate. Covariates: "
+                f"{', '.join(covariates) or 'none'}."
+            )
 
 
 def _trains_norms(bound: Bound) -> bool:
@@ -130,34 +146,41 @@ def choose_estimator(network: Network, at: int, wish: str) -> tuple[Estimator, s
     return "local", ""
 
 
-def init(problem: Problem, indices: Sequence[Tensor] | None = None) -> Runs:
-    """First states of all restarts.
+def init(problem: Problem) -> Runs:
+    """First states of all restarts; all entries of every array are kept.
+
+    Raises:
+        UnsupportedError: a step would not fit into the memory budget.
+    """
+    empty = torch.empty(0, dtype=torch.long, device=problem.bound.device)
+    sets = [empty] * len(problem.arrays)
+    runs = Runs(tuple(first(problem, run, sets) for run in range(problem.settings.restarts)))
+    check_memory(problem, runs)
+    return runs
+
+
+def first(problem: Problem, run: int, indices: Sequence[Tensor]) -> State:
+    """First state of one restart.
 
     Args:
         problem: what is fitted.
-        indices: entries of every array that are kept; empty: all.
+        run: its number.
+        indices: entries that are kept of every array that is sparse.
     """
-    empty = torch.empty(0, dtype=torch.long, device=problem.bound.device)
-    sets = tuple(indices or [empty] * len(problem.arrays))
-    runs = []
-    for run in range(problem.settings.restarts):
-        generator = problem.settings.streams.of(f"first means {run}")
-        means, scales = [], []
-        for array, start, own, sparse in zip(
-            problem.arrays, problem.starts, sets, problem.is_sparse, strict=True
-        ):
-            mean, sd = _started(start, array.free_shape, generator)
-            means.append(mean[own] if sparse else mean)
-            scales.append(sd[own] if sparse else sd)
-        like = problem.program.bound
-        none = torch.zeros(0, dtype=like.dtype, device=like.device)
-        sd = torch.cat([none, *scales])
-        mean = torch.cat([none, *means, first_params(problem.bound, problem.params)])
-        raw = raw_of(problem, sd, 0)
-        memory = memory_of(problem.rule, mean, raw)
-        runs.append(State(mean, raw, memory, sets, 0, run, math.nan, math.nan, math.nan))
-    check_memory(problem, Runs(tuple(runs)))
-    return Runs(tuple(runs))
+    generator = problem.settings.streams.of(f"first means {run}")
+    means, scales = [], []
+    for array, start, own, sparse in zip(
+        problem.arrays, problem.starts, indices, problem.is_sparse, strict=True
+    ):
+        mean, sd = _started(start, array.free_shape, generator)
+        means.append(mean[own] if sparse else mean)
+        scales.append(sd[own] if sparse else sd)
+    none = torch.zeros(0, dtype=problem.bound.dtype, device=problem.bound.device)
+    sd = torch.cat([none, *scales])
+    mean = torch.cat([none, *means, first_params(problem.bound, problem.params)])
+    raw = raw_of(problem, sd, 0)
+    memory = memory_of(problem.rule, mean, raw)
+    return State(mean, raw, memory, tuple(indices), 0, run, math.nan, math.nan, math.nan)
 
 
 def raw_of(problem: Problem, sd: Tensor, step: int) -> Tensor:
@@ -214,10 +237,11 @@ def step(problem: Problem, state: State, batch: Batch | None = None) -> tuple[St
     after = State(
         new.mean, new.raw, new.memory, state.indices, state.step + 1, state.run, mean_loss, first, kl
     )  # fmt: skip
-    return after, _info(problem, after, loss)
+    return after, info(problem, after, loss)
 
 
-def _info(problem: Problem, state: State, loss: float) -> Info:
+def info(problem: Problem, state: State, loss: float) -> Info:
+    """What is shown of a step, from the state after it and the loss before."""
     n = problem.examples
     bound = -n * loss - temperature(problem.rule, state.step - 1) * state.kl
     metrics = {
@@ -277,6 +301,8 @@ __all__ = [
     "Evaluation",
     "choose_estimator",
     "evaluate",
+    "first",
+    "info",
     "init",
     "prepare",
     "raw_of",

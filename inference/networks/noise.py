@@ -31,10 +31,15 @@ def standard_noise(problem: Problem, state: State, generator: Generator, count: 
     known = problem.table.get(state.run)
     if known is None or known[0] != key:
         source = _seeded(problem, block, state.run, 0)
-        known = (key, like.new_empty(2 * count).normal_(generator=source))
+        known = (key, like.new_empty(table_size(count)).normal_(generator=source))
         problem.table[state.run] = known
     at = int(torch.randint(count, (), generator=generator, device=like.device))
     return known[1][at : at + count]
+
+
+def table_size(count: int) -> int:
+    """Numbers that are kept from step to step for draws of ``count``."""
+    return 2 * count if count > _FEW else 0
 
 
 def _seeded(problem: Problem, number: int, run: int, kind: int) -> Generator:
@@ -45,4 +50,4 @@ def _seeded(problem: Problem, number: int, run: int, kind: int) -> Generator:
     return torch.Generator(problem.bound.device).manual_seed(mixed)
 
 
-__all__ = ["generator_of", "standard_noise"]
+__all__ = ["generator_of", "standard_noise", "table_size"]

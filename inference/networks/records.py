@@ -20,6 +20,8 @@ from ppl.inference.networks.program import Augment, Program
 from ppl.inference.networks.spare import Spare
 from ppl.inference.networks.structure import Array, Network, ProductNode
 
+_EPOCHS, _LEAST_STEPS = 20, 2000  # of a run that was not told how long to last
+
 Estimator = Literal["local", "flipout", "draw"]
 # A product of a node by the entries of its array that are kept; the entries are empty where all are.
 Factory = Callable[[ProductNode, Tensor], Product]
@@ -54,6 +56,7 @@ class Start(NamedTuple):
     spread: Tensor  # sd of the first means around it
     sd: Tensor  # of the first Gaussians
     unit: float = 1.0  # length that Adam's rate for the means is in: ``inputs ** -0.5`` of a layer
+    is_carried: bool = False  # whether it is the law that an earlier fit left
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,6 +174,25 @@ def memory_of(rule: Rule, mean: Tensor, raw: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.zeros_like(t) for t in (mean, mean, raw, raw))
 
 
+def horizon(bound: Bound, settings: Settings) -> int:
+    """Steps of a run: those that were asked for, or some twenty epochs."""
+    if settings.max_iters is not None:
+        return max(settings.max_iters, 1)
+    if not settings.minibatch:
+        return _LEAST_STEPS
+    ((plate, size),) = settings.minibatch.items()
+    return max(_LEAST_STEPS, _EPOCHS * math.ceil(bound.size(plate) / size))
+
+
+def warmup_steps(warmup: float, steps: int) -> int:
+    """Steps that a warm-up takes of a run; below 1 it is a share.
+
+    >>> warmup_steps(0.5, 2000), warmup_steps(30, 2000)
+    (1000, 30)
+    """
+    return round(warmup * steps if warmup < 1 else warmup)
+
+
 def rate(rule: Rule, step: int) -> float:
     """Share of the first rates that step ``step``, from 0, takes.
 
@@ -222,6 +244,7 @@ __all__ = [
     "Start",
     "State",
     "curvature_of",
+    "horizon",
     "kept",
     "memory_of",
     "param_shapes",
@@ -231,4 +254,5 @@ __all__ = [
     "sizes",
     "slices",
     "temperature",
+    "warmup_steps",
 ]

@@ -80,20 +80,22 @@ def drawn(
     place: Tensor | None = None,
 ) -> Draw:
     """Leaves of a step, with noise for the arrays that need it; arguments are those of :func:`slopes_of`."""
-    counts = sizes(problem, state)
-    needed = [
-        kind != "local" or not _has_closed_form(problem, i)
-        for i, kind in enumerate(problem.estimators)
-    ]
+    counts = noise_counts(problem, state)
     eps: list[Tensor | None] = [None] * len(counts)
-    total = sum(c for c, n in zip(counts, needed, strict=True) if n)
-    if total:
-        noise = standard_noise(problem, state, generator, total)
-        start = 0
-        for i, (count, need) in enumerate(zip(counts, needed, strict=True)):
-            if need:
-                eps[i], start = noise[start : start + count], start + count
+    if any(counts):
+        noise = standard_noise(problem, state, generator, sum(counts)).split(counts)
+        eps = [part if count else None for part, count in zip(noise, counts, strict=True)]
     return leaves(problem, state, sd, eps, out=None if place is None else place[: len(sd)])
+
+
+def noise_counts(problem: Problem, state: State) -> list[int]:
+    """Standard normal numbers that a step draws for every array; none where its outputs are drawn."""
+    return [
+        0 if kind == "local" and _has_closed_form(problem, i) else count
+        for i, (kind, count) in enumerate(
+            zip(problem.estimators, sizes(problem, state), strict=True)
+        )
+    ]
 
 
 def _has_closed_form(problem: Problem, at: int) -> bool:
@@ -165,4 +167,4 @@ def _mean(parts: Sequence[Tensor | None]) -> Tensor | None:
     return torch.stack(known).mean(0) if known else None
 
 
-__all__ = ["drawn", "slopes_of"]
+__all__ = ["drawn", "noise_counts", "slopes_of"]

@@ -17,7 +17,7 @@ from torch.distributions import biject_to
 from ppl.backend import Settings
 from ppl.binding import Bound
 from ppl.graph import Variable
-from ppl.inference.networks.priors import Prior, make_priors
+from ppl.inference.networks.priors import Prior
 from ppl.inference.networks.records import Start
 from ppl.inference.networks.structure import Array, Network
 from ppl.inference.particles.start import robust_moments
@@ -30,18 +30,22 @@ _POINT = 0.2  # unit of params that are no weights: scales and shifts of norms, 
 
 
 def make_starts(
-    bound: Bound, network: Network, settings: Settings, initial_sd: float
+    bound: Bound,
+    network: Network,
+    priors: Sequence[Prior],
+    settings: Settings,
+    initial_sd: float,
 ) -> tuple[Start, ...]:
     """The start of every array.
 
     Args:
         bound: the graph and its data.
         network: what was found in it.
+        priors: of every array.
         settings: for the random streams.
         initial_sd: sd of the first Gaussians, in units of the spread of the first means, or of the prior.
     """
     moments = _prior_moments(bound, network, settings)
-    priors = make_priors(bound, network)
     zero = torch.zeros((), dtype=bound.dtype, device=bound.device)
     return tuple(
         _start(network, array, prior, moments.get(array.name), initial_sd, zero)
@@ -81,7 +85,8 @@ def _start(
         shape = array.free_shape
         if scale.ndim and _varies(at):  # a law that was carried over from an earlier fit
             unit = float(scale.median())
-            return Start(at.expand(scale.shape).reshape(shape), zero, scale.reshape(shape), unit)
+            centre = at.expand(scale.shape).reshape(shape)
+            return Start(centre, zero, scale.reshape(shape), unit, is_carried=True)
         loc = at.reshape(shape) if at.ndim else at
     unit = fan_in(network, array) ** -0.5
     first = 2**0.5 * unit if array.role == "weight" else 0.0

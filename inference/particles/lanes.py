@@ -197,10 +197,8 @@ def _outputs(
         if only is not None and factor.name not in only:
             continue
         for later in (False, True) if factor.chain else (False,):
-            out = compiler.density(factor)
+            out = compiler.transition(factor) if later else compiler.density(factor)
             over = factor.plates
-            if later:
-                out = compiler.transition(factor)
             if factor.chain and not (later and factor.name in chains):
                 along = factor.chain[0]
                 over = tuple(p for p in over if p != along)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from ppl.errors import ModelError
@@ -80,9 +81,15 @@ def apart(weighting: Weighting, block: Block, array: Tensor, at: int) -> Tensor:
 
 
 def share(weights: Tensor, own: int) -> Tensor:
-    """Effective share ``[...]`` of nested particles given those of the parents, from flat weights ``[..., K M]``."""
+    """Effective share ``[...]`` of nested particles given those of the parents, from flat weights ``[..., K M]``.
+
+    Given each parent first, and squared then: the squares of small joint weights are zero.
+
+    >>> share(torch.tensor([0.25, 0.25, 0.5, 0.0]), 2)  # both particles of the first parent count, one of the second
+    tensor(0.5000)
+    """
     joint = weights.unflatten(-1, (-1, own))
     above = joint.sum(-1)
-    inverse = joint.square().sum(-1) / above.square().clamp(min=1e-300)
-    ess = (above / inverse.clamp(min=1e-300)).sum(-1) / above.sum(-1)
-    return (ess - 1) / max(own - 1, 1)
+    given = joint / above.clamp(min=torch.finfo(joint.dtype).tiny).unsqueeze(-1)
+    ess = 1 / given.square().sum(-1).clamp(min=1 / own)
+    return ((above * ess).sum(-1) / above.sum(-1) - 1) / max(own - 1, 1)

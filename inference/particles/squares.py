@@ -38,14 +38,10 @@ def normal(
     c: Compiler, factor: Factor, law: Law, plate: str | None, setting: Setting
 ) -> list[Piece] | None:
     """A Normal factor summed over ``plate``, or as a factor for each two parts; None where neither pays."""
-    value = c.operand(factor.value)
-    loc, scale = law.arguments
-    if value.event_ndim or event_of(c, loc) or event_of(c, scale):
+    found = _residual(c, c.operand(factor.value), law, setting)
+    if found is None:
         return None
-    spread = c.operand(scale)
-    parts = parts_of(c, [(1, value), *summands(c, loc, -1)], setting)
-    if parts is None or spread.edges or lifts(c, [*parts, spread]):
-        return None
+    parts, spread = found
     if plate is not None and not (
         plate in spread.axes and any(is_particle(a, setting) for a in spread.axes)
     ):
@@ -110,7 +106,7 @@ def _centred(c: Compiler, parts: Sequence[Operand], setting: Setting) -> list[Op
     for part in rest:
         dims = tuple(i - len(part.axes) for i, a in enumerate(part.axes) if is_particle(a, setting))
         keep = tuple(a for a in part.axes if not is_particle(a, setting))
-        slot = c.emit(lambda x, dims=dims: x.mean(dims), part.slot)
+        slot = c.emit(partial(sums.mean, dims), part.slot)
         means.append(Operand(slot, keep, 0))
         away = c.emit(torch.sub, c.place(part, part.axes), c.place(means[-1], part.axes))
         centred.append(part._replace(slot=away))
@@ -194,12 +190,10 @@ def _padded(c: Compiler, part: Operand, plate: str) -> Operand:
     return part._replace(slot=c.emit(partial(sums.zero_first, at), part.slot))
 
 
-def _transition(
-    c: Compiler, factor: Factor, law: Law, setting: Setting
+def _residual(
+    c: Compiler, value: Operand, law: Law, setting: Setting
 ) -> tuple[list[Operand], Operand] | None:
-    """What a state differs from its mean by, and the standard deviation, while later elements are compiled."""
-    assert c.along is not None
-    value = c.variable(factor.name, "next", c.along)
+    """The parts of what a value differs from its mean by, and the standard deviation; None where it is no sum of numbers."""
     loc, scale = law.arguments
     if value.event_ndim or event_of(c, loc) or event_of(c, scale):
         return None
@@ -222,7 +216,7 @@ def moves(c: Compiler, factor: Factor, law: Law, setting: Setting) -> list[Piece
     if beside:  # its sum would join the factors before the chain sees them
         return None
     with c._later(plate):
-        found = _transition(c, factor, law, setting)
+        found = _residual(c, c.variable(factor.name, "next", plate), law, setting)
         if found is None:
             return None
         parts, spread = found
@@ -240,7 +234,7 @@ def steps(c: Compiler, factor: Factor, law: Law, setting: Setting) -> list[Piece
     if type(law.family) is not Normal or c._mask(factor) is not None or plate == setting.apart:
         return None
     with c._later(plate):
-        found = _transition(c, factor, law, setting)
+        found = _residual(c, c.variable(factor.name, "next", plate), law, setting)
         if found is None:
             return None
         parts, spread = found

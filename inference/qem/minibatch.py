@@ -19,8 +19,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ _EPOCHS = 100
 _RIDGE = 0.3  # of the regression, in units of coefficients per effective particle
 _LEAST = 0.1  # share of a new fit in a site
 _STRIDE = 0.4  # step while the weights are tempered
+_KEPT_PARTS = 64
 
 
 class Sites(NamedTuple):
@@ -79,9 +80,9 @@ def prepare(bound: Bound, options: QEM, settings: Settings) -> Problem:
     if options.distribute is not None:
         return distributed.prepare(bound, options, settings)
     batches = batches_of(bound, settings.minibatch, settings.streams)
-    if batches is None or batches.parts == 1:
-        return kernel.prepare(bound, options, settings)
     problem = kernel.prepare(bound, options, settings)
+    if batches is None or batches.parts == 1:
+        return problem
     _check(problem, batches.plate)
     _part(problem, batches.part(0))  # raises where a part exceeds the budget
     limit = settings.max_iters or max(problem.max_iters, _EPOCHS * batches.parts)
@@ -184,11 +185,21 @@ def _outer(weighting: Weighting, plate: str) -> list[Block]:
     return [b for b in weighting.blocks if not lies_within(weighting.bound, b.plates, plate)]
 
 
-@lru_cache(maxsize=64)
-def _part_of(problem: Problem, plate: str, number: int) -> tuple[Problem, Plan]:
-    batches = batches_of(problem.bound, problem.settings.minibatch, problem.settings.streams)
-    assert batches is not None
-    bound = problem.bound.narrowed(batches.part(number).rows)
+# Parts of a plate as problems of their own, the latest of each run; they go with it.
+_PARTS: WeakKeyDictionary[Problem, dict[int, tuple[Problem, Plan]]] = WeakKeyDictionary()
+
+
+def _part(problem: Problem, batch: Batch) -> tuple[Problem, Plan]:
+    made = _PARTS.setdefault(problem, {})
+    if batch.part not in made:
+        if len(made) >= _KEPT_PARTS:
+            made.pop(next(iter(made)))
+        made[batch.part] = _narrowed(problem, batch)
+    return made[batch.part]
+
+
+def _narrowed(problem: Problem, batch: Batch) -> tuple[Problem, Plan]:
+    bound = problem.bound.narrowed(batch.rows)
     whole = problem.weighting
     try:
         weighting = make_weighting(
@@ -198,15 +209,12 @@ def _part_of(problem: Problem, plate: str, number: int) -> tuple[Problem, Plan]:
             whole.restarts,
             problem.settings.memory,
             problem.options.chains,
-            apart=plate,
+            apart=batch.plate,
         )
     except UnsupportedError as error:
         raise UnsupportedError(f"{error} A smaller minibatch= needs less, too.") from None
-    return replace(problem, bound=bound, weighting=weighting), _outer_plan(weighting, plate)
-
-
-def _part(problem: Problem, batch: Batch) -> tuple[Problem, Plan]:
-    return _part_of(problem, batch.plate, batch.part)
+    part = replace(problem, bound=bound, weighting=weighting)
+    return part, _outer_plan(weighting, batch.plate)
 
 
 def _outer_terms(weighting: Weighting, plate: str) -> list[int]:

@@ -1,16 +1,18 @@
-"""The first state: random sets, the kernels that a timing chooses, first means, and scales that leave little noise."""
+"""The first state: sets, the kernels that a timing chooses, first means, and scales that leave little noise."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ppl.inference.networks import fit
 from ppl.inference.networks import records as networks
+from ppl.inference.networks.costs import check_memory
 from ppl.inference.networks.records import Runs
-from ppl.inference.ssvi import initial, sets, structured, timing
+from ppl.inference.networks.structure import ProductNode
+from ppl.inference.ssvi import initial, scores, sets, structured, timing
 from ppl.inference.ssvi.patterns import KERNELS
 from ppl.inference.ssvi.records import Layer, Problem, State, form_of
 from ppl.inference.ssvi.timing import Timing
@@ -19,34 +21,50 @@ _TIMED_BATCH = 512  # examples that a kernel is timed with, at most
 
 
 def init(problem: Problem) -> State:
-    """Random sets, kernels by a timing, first means, and scales that leave little noise."""
+    """First sets, kernels by a timing, first means, and scales that leave little noise.
+
+    Raises:
+        UnsupportedError: a step would not fit into the memory budget.
+    """
     restarts = problem.inner.settings.restarts
     kernels = tuple(KERNELS.index(t.kernel) for t in timings(problem))
     problem.running.take(problem, kernels)
-    runs = []
-    for run in range(restarts):
-        indices = first_sets(problem, run)
-        runs.append(fit.init(problem.inner, indices).runs[run])
+    runs = [fit.first(problem.inner, run, first_sets(problem, run)) for run in range(restarts)]
+    check_memory(problem.inner, Runs(tuple(runs)))
     quiet = tuple(_quietened(problem, state) for state in runs)
     return State(Runs(quiet), kernels, (0,) * restarts, (1.0,) * restarts)
 
 
 def first_sets(problem: Problem, run: int) -> list[Tensor]:
+    """Random entries of every sparse array; of one whose law an earlier fit left, those that it is surest of."""
     inner, device = problem.inner, problem.inner.bound.device
     generator = inner.settings.streams.of(f"first sets {run}")
     found = [torch.empty(0, dtype=torch.long, device=device) for _ in inner.arrays]
     for layer in problem.layers:
-        if layer.groups is not None:
-            share = layer.budget / layer.form.size
-            count = max(1, round(share * layer.groups.number))
-            chosen = sets.random_set(layer.groups.number, count, generator, device)
-            found[layer.at] = structured.members(layer.groups, chosen)
+        start, groups = inner.starts[layer.at], layer.groups
+        known = scores.snr(start.loc, start.sd).reshape(-1) if start.is_carried else None
+        if groups is not None:
+            count = max(1, round(layer.budget / layer.form.size * groups.number))
+            if known is not None:
+                every = torch.arange(layer.form.size, device=device)
+                known = structured.group_scores(groups, every, known, is_sum=False)[1]
+            chosen = _chosen(known, groups.number, count, generator, device)
+            found[layer.at] = structured.members(groups, chosen)
             continue
-        drawn = sets.random_set(layer.form.size, layer.budget, generator, device)
+        drawn = _chosen(known, layer.form.size, layer.budget, generator, device)
         if problem.options.is_shared:
             drawn = sets.cover_rows(drawn, layer.form.rows, layer.form.columns, generator)
         found[layer.at] = drawn
     return found
+
+
+def _chosen(
+    known: Tensor | None, size: int, count: int, generator: torch.Generator, device: torch.device
+) -> Tensor:
+    """The ``count`` of highest score, ascending; at random where there are none."""
+    if known is None:
+        return sets.random_set(size, count, generator, device)
+    return known.topk(min(count, size)).indices.sort().values
 
 
 def timings(problem: Problem) -> list[Timing]:
@@ -93,7 +111,7 @@ def noise_shares(problem: Problem, state: networks.State) -> list[Tensor]:
     places = {node.node.id: i for i, node in enumerate(inner.network.products)}
     found = [state.mean.new_zeros(()) for _ in inner.network.products]
 
-    def wrap(node: Any, run: Any) -> Any:
+    def wrap(node: ProductNode, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def measured(x: Tensor, *bias: Tensor) -> Tensor:
             at, where = places[node.node.id], wheres[node.weight]
             product = networks.product_of(inner, state, at)

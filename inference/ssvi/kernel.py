@@ -26,7 +26,6 @@ from ppl.inference.ssvi.schedule import is_due, is_settled, schedule, stillness
 from ppl.inference.ssvi.update import update
 from ppl.posterior import Posterior
 
-_EPOCHS, _LEAST_STEPS = 20, 2000
 _WISHES = {"auto": "local", "local": "local", "flipout": "flipout", "sampling": "draw", "natural": "draw"}  # fmt: skip
 
 
@@ -56,7 +55,7 @@ def describe(bound: Bound, options: SSVI, settings: Settings) -> str:
     """
     problem = prepare(bound, options, settings)
     measured = timings(problem)
-    state = fit.init(problem.inner, first_sets(problem, 0)).runs[0]
+    state = fit.first(problem.inner, 0, first_sets(problem, 0))
     return lines(problem, state, measured)
 
 
@@ -73,7 +72,7 @@ def prepare(bound: Bound, options: SSVI, settings: Settings) -> Problem:
     layers = find_layers(network, options)
     sparse = {layer.at for layer in layers}
     running = Running()
-    steps = settings.max_iters or _horizon(network.examples, settings)
+    steps = networks.horizon(bound, settings)
     inner = fit.prepare(
         bound,
         settings,
@@ -92,12 +91,6 @@ def prepare(bound: Bound, options: SSVI, settings: Settings) -> Problem:
 
 
 def _check(inner: networks.Problem, layers: Sequence[Layer], options: SSVI) -> None:
-    covariates = [v.name for v in inner.bound.graph.role("given")]
-    for name in options.augment:
-        if name not in covariates:
-            raise ModelError(
-                f"SSVI(augment={{{name!r}: ...}}): the model has no such covariate. Covariates: {', '.join(covariates)}."
-            )
     if options.addition == "t_like" and options.at == "mean" and not inner.settings.minibatch:
         raise ModelError(
             "SSVI(addition='t_like', at='mean') without minibatch=: gradients of all data at the means have no noise to compare "
@@ -112,31 +105,18 @@ def _check(inner: networks.Problem, layers: Sequence[Layer], options: SSVI) -> N
             )
 
 
-def _horizon(examples: int, settings: Settings) -> int:
-    """Some twenty epochs."""
-    size = next(iter(settings.minibatch.values())) if settings.minibatch else examples
-    return max(_LEAST_STEPS, _EPOCHS * math.ceil(examples / size))
-
-
-def _point_rate(options: SSVI, mean: float) -> float:
-    """The rate of params: that of means where both are in the same unit."""
-    is_given = options.learning_rate is not None and not options.is_natural
-    return mean if options.optimiser == "sgd" or is_given else Rule.point_rate
-
-
 def _rule(options: SSVI, steps: int) -> Rule:
     mean, scale = options.rates
-    warmup = options.warmup * steps if options.warmup < 1 else options.warmup
     return Rule(
         natural=options.is_natural,
         optimiser=options.optimiser,
         learning_rate=mean,
         scale_rate=scale,
-        point_rate=_point_rate(options, mean),
+        point_rate=Rule.point_rate if options.is_natural else mean,
         momentum=options.momentum,
         weight_decay=options.weight_decay,
         schedule=options.schedule,
-        warmup=round(warmup),
+        warmup=networks.warmup_steps(options.warmup, steps),
         tempering=options.tempering,
         draws=options.draws,
         horizon=steps,
@@ -174,19 +154,10 @@ def _step(
         # Sets that are free, or see a divergence whose weight still rises, have not found their places.
         moving = problem.options.density == "auto" or own.step < problem.inner.rule.warmup
         still = 0 if moving else stillness(still, made.new)
-        return made.state, _info(problem, made.state, made.loss, made.new), still, made.new
+        info = fit.info(problem.inner, made.state, made.loss)
+        return made.state, _with_sets(problem, made.state, info, made.new), still, made.new
     after, info = fit.step(problem.inner, own, batch)
     return after, _with_sets(problem, after, info, new), still, new
-
-
-def _info(problem: Problem, state: networks.State, loss: float, new: float) -> Info:
-    rule = problem.inner.rule
-    bound = -problem.inner.examples * loss - networks.temperature(rule, state.step - 1) * state.kl
-    rate = rule.learning_rate * networks.rate(rule, state.step - 1)
-    info = Info(
-        {"nll": loss, "kl": state.kl, "bound": bound, "rate": rate}, state.step == rule.horizon
-    )
-    return _with_sets(problem, state, info, new)
 
 
 def _with_sets(problem: Problem, state: networks.State, info: Info, new: float) -> Info:

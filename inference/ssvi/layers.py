@@ -54,7 +54,7 @@ def find_layers(network: Network, options: SSVI) -> tuple[Layer, ...]:
 
 def _counts(shapes: Sequence[tuple[int, ...]], options: SSVI) -> list[int]:
     density = _FIRST_DENSITY if options.density == "auto" else options.density
-    if density == 1 and options.density != "auto":
+    if density == 1:
         return [math.prod(s) for s in shapes]
     if options.budgets == "uniform":
         return budgets.uniform(shapes, density, options.output)
@@ -64,17 +64,22 @@ def _counts(shapes: Sequence[tuple[int, ...]], options: SSVI) -> list[int]:
 def effective_starts(
     network: Network, layers: Sequence[Layer], options: SSVI, starts: tuple[Start, ...]
 ) -> tuple[Start, ...]:
-    """First means and scales by the number of inputs that units have, or of all weights as they were asked for."""
+    """First means and scales by the number of inputs that units have, or of all weights as they were asked for.
+
+    A law that an earlier fit left is its own start.
+    """
     found = list(starts)
     for layer in layers:
         start = starts[layer.at]
+        if start.is_carried:
+            continue
         factor = math.sqrt(layer.form.columns / initial.effective_inputs(layer.form, layer.budget))
         found[layer.at] = start._replace(
             spread=factor * start.spread, sd=factor * start.sd, unit=factor * start.unit
         )
     if options.initial_mean is None:
         return tuple(found)
-    for at in network.weights:
+    for at in (i for i in network.weights if not starts[i].is_carried):
         spread = torch.full_like(found[at].spread, options.initial_mean)
         found[at] = found[at]._replace(spread=spread, sd=options.initial_sd * spread)
     return tuple(found)

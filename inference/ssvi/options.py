@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from ppl.backend import refuse_idle
 from ppl.errors import ModelError
 from ppl.inference.ssvi.scores import REMOVAL
 from ppl.inference.ssvi.structured import Sets
@@ -145,8 +146,9 @@ class SSVI:
         >>> SSVI.paper(density=0.05).tempering
         0.01
         """
+        output = 1.0 if changes.get("budgets", "uniform") == "uniform" else cls.output
         settings = cls(
-            density=0.1, budgets="uniform", output=1.0, estimator="local", removal="snr_abs", rate=0.3, prior_inputs="all",
+            density=0.1, budgets="uniform", output=output, estimator="local", removal="snr_abs", rate=0.3, prior_inputs="all",
             every=100, fresh="mean", rejoin="value", learning_rate=0.01, scale_rate=0.01, optimiser="sgd", weight_decay=5e-4,
             warmup=0.5, tempering=0.01, initial_mean=0.01, initial_sd=0.06,
         )  # fmt: skip
@@ -261,6 +263,14 @@ def _check_used(options: SSVI) -> None:
             f"SSVI(density='auto', {free[0]}={getattr(options, free[0])!r}): where the evidence decides how many weights there "
             f"are, it decides which. Leave {free[0]} out, or give a density."
         )
+    refuse_idle(
+        options,
+        output=(options.budgets == "uniform", "budgets='uniform'"),
+        block=(options.sets == "block", "sets='block'"),
+        momentum=(options.optimiser == "sgd", "optimiser='sgd'"),
+        prior_inclusion=(options.density == "auto", "density='auto'"),
+        kernel=(options.sets not in ("neuron", "output"), "sets that are no whole units"),
+    )
 
 
 __all__ = ["SSVI", "Estimators"]

@@ -16,7 +16,7 @@ from ppl.batches import Batch
 from ppl.errors import NumericalError
 from ppl.inference.networks import fit
 from ppl.inference.networks import records as networks
-from ppl.inference.networks.forward import leaves, values_of
+from ppl.inference.networks.forward import Wrap, leaves, values_of
 from ppl.inference.networks.noise import generator_of
 from ppl.inference.networks.structure import ProductNode
 from ppl.inference.ssvi import growth, moves, scores, sets
@@ -121,7 +121,7 @@ def _observed(
     return float(loss.detach()), found, [leaf.mean.detach() for leaf in made.draw.arrays]
 
 
-def _recorder(seen: list[tuple[ProductNode, Tensor, Tensor]]) -> Any:
+def _recorder(seen: list[tuple[ProductNode, Tensor, Tensor]]) -> Wrap:
     def wrap(node: ProductNode, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def recorded(x: Tensor, *bias: Tensor) -> Tensor:
             y = run(x, *bias)

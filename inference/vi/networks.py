@@ -13,12 +13,10 @@ from ppl.errors import ModelError, UnsupportedError
 from ppl.graph import Graph
 from ppl.inference.networks import fit
 from ppl.inference.networks.costs import table
-from ppl.inference.networks.records import Problem, Rule
+from ppl.inference.networks.records import Problem, Rule, horizon
 from ppl.inference.networks.structure import reasons
 from ppl.inference.vi.options import NETWORK_OPTIONS, VI
-from ppl.nn.structure import examples
 
-_EPOCHS, _LEAST = 20, 2000  # of a run, and steps at least
 _WARMUP = 0.5  # share of a run
 _NATURAL_RATE = 0.05  # with twice as much, convolutional networks are lost in the first steps
 _WISHES = {"auto": "local", "local": "local", "flipout": "flipout"}
@@ -71,25 +69,23 @@ def prepare(bound: Bound, options: VI, settings: Settings) -> Problem:
     """The problem of a network.
 
     Raises:
-        ModelError: an option that only other models have was given.
+        ModelError: an option that only other models have was given, or ``augment=`` names no covariate.
     """
     if options.start != "prior":
         raise ModelError(
             "VI(start='standard'): a network starts at random weights of the scale that its layers need. Leave start= out, or "
             "give initial_sd=."
         )
-    unknown = [n for n in options.augment if n not in bound.values]
-    if unknown:
+    if options.final_draws != VI.final_draws:
         raise ModelError(
-            f"VI(augment={{'{unknown[0]}': ...}}): the model has no such covariate. Covariates: "
-            f"{', '.join(v.name for v in bound.graph.role('given'))}."
+            "VI(final_draws=...): a network takes as many as its size and that of the data allow. Leave it out."
         )
     return fit.prepare(bound, settings, rule_of(bound, options, settings), _wish(options))
 
 
 def rule_of(bound: Bound, options: VI, settings: Settings) -> Rule:
     """How steps are taken."""
-    natural, sgd = options.estimator == "natural", options.optimiser == "sgd"
+    natural = options.estimator == "natural"
     steps, rate = horizon(bound, settings), options.rate
     if natural and options.learning_rate is None:
         rate = _NATURAL_RATE
@@ -98,7 +94,7 @@ def rule_of(bound: Bound, options: VI, settings: Settings) -> Rule:
         optimiser=options.optimiser,
         learning_rate=rate,
         scale_rate=rate,
-        point_rate=rate if sgd else (0.05 if natural else rate),
+        point_rate=Rule.point_rate if natural else rate,  # a share of a Newton step has no unit
         momentum=options.momentum,
         weight_decay=options.weight_decay,
         schedule="cosine" if options.settle else "constant",
@@ -111,22 +107,12 @@ def rule_of(bound: Bound, options: VI, settings: Settings) -> Rule:
     )
 
 
-def horizon(bound: Bound, settings: Settings) -> int:
-    """Steps of a run: those that were asked for, or some twenty epochs."""
-    if settings.max_iters is not None:
-        return max(settings.max_iters, 1)
-    if not settings.minibatch:
-        return _LEAST
-    ((plate, size),) = settings.minibatch.items()
-    return max(_LEAST, _EPOCHS * -(-bound.size(plate) // max(size, 1)))
-
-
 def describe(problem: Problem) -> str:
     """For ``explain``: N, and a line for each layer."""
     rule = problem.rule
     how = "natural steps" if rule.natural else rule.optimiser
     return (
-        f"a mean-field Gaussian over a network, N = {examples(problem.bound.graph)}; {how}, {rule.draws} "
+        f"a mean-field Gaussian over a network, N = {problem.examples}; {how}, {rule.draws} "
         f"draw{'s' if rule.draws > 1 else ''} a step\n{table(problem)}"
     )
 
@@ -135,4 +121,4 @@ def _wish(options: VI) -> str:
     return _WISHES.get(options.estimator, "draw")
 
 
-__all__ = ["applies", "describe", "horizon", "prepare", "rule_of"]
+__all__ = ["applies", "describe", "prepare", "rule_of", "single_precision"]

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from ppl.backend import refuse_idle
 from ppl.errors import ModelError
+from ppl.inference.networks.records import warmup_steps
 from ppl.inference.particles.options import Groups, ParticleOptions
 
 _CHOICES = {
@@ -57,8 +59,8 @@ class VI:
         groups: of ``parallel``: latents that share one particle index.
         joint_up_to: of ``parallel``: largest number of scalars in an automatic block.
         enumerate_up_to: largest number of values of a discrete latent that is summed exactly.
-        final_draws: for moments of latents that are not on the real line, the bound, and the diagnostics; networks take as
-            many as their size allows.
+        final_draws: for moments of latents that are not on the real line, the bound, and the diagnostics; not for networks, which
+            take as many as their size allows.
         momentum: of SGD, for networks.
         weight_decay: of params in networks, added to the gradient of the loss of one example; weights with a law have none.
         augment: functions of a batch of a covariate and a generator, ``{"x": flip}``, for networks.
@@ -112,7 +114,9 @@ class VI:
                 raise ModelError(
                     f"VI({option}=...): expected a whole number of at least 1, got {value!r}."
                 )
-        numbers = all(isinstance(v, (int, float)) for v in (self.rate, self.tempering, self.warmup or 0))
+        numbers = all(
+            isinstance(v, (int, float)) for v in (self.rate, self.tempering, self.warmup or 0)
+        )
         if not numbers or not self.rate > 0 or not self.tempering > 0 or (self.warmup or 0) < 0:
             raise ModelError(
                 "VI: learning_rate and tempering are positive, warmup is not negative; got "
@@ -124,8 +128,7 @@ class VI:
                 f"{self.momentum!r}, {self.weight_decay!r}, {self.initial_sd!r}."
             )
         _check_natural(self)
-        if not self.parallel and self.groups != "auto":
-            raise ModelError("VI(groups=...): only VI(parallel=True) has blocks. Leave it out.")
+        _check_used(self)
 
     @property
     def particle_count(self) -> int:
@@ -139,8 +142,7 @@ class VI:
 
     def warmup_steps(self, steps: int, share: float = 0.0) -> int:
         """Steps with a part of the KL term only, in a run of so many; ``share`` of it by default."""
-        warmup = share if self.warmup is None else self.warmup
-        return round(warmup * steps if warmup < 1 else warmup)
+        return warmup_steps(share if self.warmup is None else self.warmup, steps)
 
     @property
     def rate(self) -> float:
@@ -158,6 +160,19 @@ class VI:
             joint_up_to=0 if self.family == "mean_field" else self.joint_up_to,
             enumerate_up_to=self.enumerate_up_to,
         )
+
+
+def _check_used(options: VI) -> None:
+    refuse_idle(
+        options,
+        rank=(options.family == "low_rank", "family='low_rank'"),
+        groups=(options.parallel, "parallel=True, which has blocks"),
+        joint_up_to=(
+            options.parallel and options.family != "mean_field",
+            "parallel=True with family='low_rank' or 'full_rank'",
+        ),
+        momentum=(options.optimiser == "sgd", "optimiser='sgd'"),
+    )
 
 
 def _check_natural(options: VI) -> None:

@@ -154,7 +154,7 @@ def _is_norm_of_channels(graph: Graph, node: Node, readers: Mapping[int, int]) -
 
 def _keeps_units_apart(graph: Graph, node: Node) -> bool:
     before = graph.nodes[node.operands()[0]].event_shape
-    rest = [*node.args[1:], *node.kwargs.values()]
+    rest = [*node.args, *node.kwargs.values()]  # a constant may stand in front: c * x
     if any(isinstance(a, torch.Tensor) and a.numel() > 1 for a in rest):
         return False
     if node.name in POINTWISE:
@@ -162,8 +162,17 @@ def _keeps_units_apart(graph: Graph, node: Node) -> bool:
     if node.name == "flatten":
         return len(node.event_shape) == 1
     if node.name in _OVER_PLACES:
-        return len(before) > 1 and node.event_shape == before[:1]
+        return node.event_shape == before[:1] and _dims(node, len(before)) == {
+            *range(1, len(before))
+        }
     return node.name in _BY_CHANNEL
+
+
+def _dims(node: Node, rank: int) -> set[int]:
+    """The axes that a reduction goes over; of a square array the shape of its result does not tell."""
+    named = node.kwargs.get("dim", node.kwargs.get("axis"))
+    dim = node.args[1] if len(node.args) > 1 else named
+    return {d % rank for d in (dim if isinstance(dim, (tuple, list)) else (dim,)) if d is not None}
 
 
 def _groups(node: Node) -> int:

@@ -8,7 +8,7 @@ What stands between them (``relu``, ``max_pool2d``, ``add``, ...) has no weights
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ppl.graph import Graph, Node, Ref, refs
 from ppl.operations import Batched
+from ppl.passes import upstream
 
 PRODUCTS = ("linear", "conv1d", "conv2d")
 _OWN = ("latent", "param", "constant")  # roles of a layer's own weights
@@ -132,7 +133,7 @@ def _layer(graph: Graph, node: Node) -> LayerNode | None:
     if node.name in PRODUCTS:
         return _product(graph, node)
     if isinstance(node.func, Batched) and node.name in NORMS:
-        return _made(graph, node, node.name, (node.args[0],), _norm_arrays(graph, node))
+        return _made(node, node.name, (node.args[0],), _norm_arrays(graph, node))
     if getattr(node.func, "is_opaque", False):
         return _lifted(graph, node)
     return None
@@ -144,7 +145,7 @@ def _product(graph: Graph, node: Node) -> LayerNode | None:
     arrays = {k: _weights(graph, given[k]) for k in names[1:] if given.get(k) is not None}
     if all(w.role in ("given", "expression") for w in arrays.values()):
         return None  # a product of data
-    return _made(graph, node, node.name, (given["input"],), arrays)
+    return _made(node, node.name, (given["input"],), arrays)
 
 
 def _norm_arrays(graph: Graph, node: Node) -> dict[str, Weights]:
@@ -157,12 +158,10 @@ def _lifted(graph: Graph, node: Node) -> LayerNode:
     inputs, weights, _ = node.args
     names = node.func.call.names  # type: ignore[union-attr]
     arrays = {k: _weights(graph, a) for k, a in zip(names, weights, strict=True)}
-    return _made(graph, node, "lift", tuple(inputs), arrays)
+    return _made(node, "lift", tuple(inputs), arrays)
 
 
-def _made(
-    graph: Graph, node: Node, kind: str, inputs: tuple[Any, ...], arrays: dict[str, Weights]
-) -> LayerNode:
+def _made(node: Node, kind: str, inputs: tuple[Any, ...], arrays: dict[str, Weights]) -> LayerNode:
     around = {a for w in arrays.values() if w.role in _OWN for a in w.around}
     plates = tuple(p for p in node.plates if p not in around)
     weight = arrays.get("weight")
@@ -200,19 +199,10 @@ def _weights(graph: Graph, item: Any) -> Weights:
     if source.op == "variable":
         role = graph.variables[source.name].role
         role = "given" if role == "observed" else role
-    elif not any(_upstream(graph, node)):
+    elif not upstream(graph, node.id):
         role = "constant"
     name = source.name if source.op == "variable" else ""
     return Weights(node.id, role, name, tuple(node.plates), units, tuple(node.event_shape))
-
-
-def _upstream(graph: Graph, node: Node) -> Iterator[str]:
-    queue = [node.id]
-    while queue:
-        here = graph.nodes[queue.pop()]
-        if here.op in ("variable", "previous"):
-            yield here.name
-        queue.extend(here.operands())
 
 
 __all__ = ["LayerNode", "Weights", "buffers", "data_plates", "examples", "find_layers"]

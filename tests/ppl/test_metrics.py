@@ -197,6 +197,16 @@ def test_regression_scores_are_those_of_scipy():
     assert metrics.rmse(loc, y).shape == (30,)
 
 
+def test_lists_and_arrays_are_read_in_the_precision_that_they_have():
+    target = [0.1 + 1e-12, 0.2]
+    assert float(metrics.rmse([0.1, 0.2], target)) == pytest.approx(1e-12 / 2**0.5, rel=1e-3)
+    for dtype in (np.float32, np.float64):
+        sure = np.array([[1.0, 0.0]], dtype=dtype)
+        smallest = -math.log(np.finfo(dtype).tiny)
+        assert float(metrics.nll(sure, [1])) == pytest.approx(smallest)
+        assert float(metrics.nll(torch.as_tensor(sure), [1])) == pytest.approx(smallest)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -215,6 +225,14 @@ def test_regression_scores_are_those_of_scipy():
         (lambda: metrics.log_predictive_density([1.0]), "one row a draw"),
         (lambda: metrics.mutual_information([0.5, 0.5]), "of each draw"),
         (lambda: metrics.gaussian_mixture_log_density(0.0, [0.0], 0.0), "not positive"),
+        (
+            lambda: metrics.gaussian_mixture_log_density([0.0, 1.0], [[[0.0], [1.0]]], 1.0),
+            r"loc \[1, 2, 1\] needs values \[2, 1\].* got values \[2\]",
+        ),
+        (
+            lambda: metrics.gaussian_mixture_log_density(0.0, [0.0], [1.0, 2.0]),
+            r"scales that broadcast.* got .* scales \[2\]",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused_in_words(call, words):

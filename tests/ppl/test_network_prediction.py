@@ -260,8 +260,9 @@ def test_a_small_network_and_any_other_model_keep_a_thousand_draws():
     found = small_mlp().predict()
     assert found.samples()["label"].shape == (1000, 7)
     assert "fc1.weight" in found.samples()
-    with pytest.raises(DataError, match="at least one draw"):
-        small_mlp().predict(n=0)
+    for n in (0, 2.5):
+        with pytest.raises(DataError, match=rf"n={n}: expected a whole number of draws"):
+            small_mlp().predict(n=n)
 
 
 @model

@@ -47,19 +47,12 @@ def tied():
         observe("y", Normal(layer(torch.tanh(layer(given("x")))).sum(), 1.0))
 
 
-@model
-def matrices():
-    layer = nn.Linear(3, 2, name="fc")
-    with plate("row"):
-        observe("y", Normal(layer(given("x")).sum(), 1.0))
-
-
 CASES = {
     "linear": (dense, (3,)),
     "conv2d": (images, (2, 4, 4)),
     "strided": (images(stride=2), (2, 4, 4)),
     "conv1d": (sequences, (2, 5)),
-    "rows": (matrices, (4, 3)),
+    "rows": (dense, (4, 3)),
 }
 
 

@@ -11,6 +11,7 @@ import torch
 from ppl import (
     HalfNormal,
     LogNormal,
+    ModelError,
     Normal,
     NumericalError,
     given,
@@ -45,6 +46,21 @@ def rows(n=60, seed=0):
     x = x @ torch.tensor([[1.0, 0.5, 0.0], [0.0, 1.0, 0.3], [0.0, 0.0, 1.0]]).double()
     y = x @ torch.tensor([1.0, -2.0, 0.5]).double() + 0.7
     return {"x": x, "y": y + 0.5 * torch.randn(n, generator=g, dtype=torch.float64)}
+
+
+def test_an_augmented_covariate_must_be_read():
+    @model
+    def unread():
+        layer = nn.Linear(2, 1, name="fc")
+        with plate("row"):
+            given("z")
+            observe("y", Normal(layer(given("x"))[0], 1.0))
+
+    data = {"x": torch.zeros(3, 2), "z": torch.zeros(3), "y": torch.zeros(3)}
+    run(unread, data, 1, augment={"x": lambda x, generator: x})
+    for name in ("z", "y"):
+        with pytest.raises(ModelError, match="reads no such covariate. Covariates: x"):
+            run(unread, data, 1, augment={name: lambda x, generator: x})
 
 
 def run(program, data, steps, wish="local", batch=None, restarts=1, seed=0, sizes=None, **rule):

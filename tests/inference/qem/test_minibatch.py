@@ -1,6 +1,8 @@
 """A few elements of a plate a step: the same posterior of the blocks outside the plate, and what is refused."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from ppl import (
 from ppl.backend import Settings
 from ppl.batches import batches_of
 from ppl.inference import qem
+from ppl.inference.qem import minibatch
 from ppl.streams import Streams
 
 DATA = {
@@ -125,6 +128,15 @@ def test_a_plate_of_data_alone_is_not_summed_beforehand():
     found = averaged(line, {"x": x, "y": y}, {"row": 20}, 80, particles=30)
     assert abs(found[0, 0] - (x * y).sum() / precision) * precision.sqrt() < 0.1
     assert abs((found[1, 0] * precision.sqrt()).log()) < 0.1
+
+
+def test_parts_of_the_data_are_let_go_with_the_run():
+    problem, state = run(groups, {"y": torch.zeros(12)}, {"group": 4}, 4, particles=5)
+    part = weakref.ref(minibatch._PARTS[problem][0][0])
+    assert len(minibatch._PARTS[problem]) == 3 and part() is not None
+    del problem, state
+    gc.collect()
+    assert part() is None
 
 
 def test_one_batch_of_all_elements_is_the_plain_step():

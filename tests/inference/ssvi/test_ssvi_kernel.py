@@ -10,17 +10,20 @@ import torch
 from ppl import Normal, Stop, given, infer, model, nn, observe, plate
 from ppl.backend import Settings
 from ppl.batches import batches_of
+from ppl.continual import with_laws
 from ppl.errors import ModelError, NumericalError, UnsupportedError
 from ppl.inference.auto import choose
+from ppl.inference.networks import fit
 from ppl.inference.networks import records as networks
 from ppl.inference.ssvi import SSVI, kernel
-from ppl.inference.ssvi.beginning import noise_shares
+from ppl.inference.ssvi.beginning import first_sets, noise_shares
 from ppl.inference.ssvi.initial import shrinkage
 from ppl.inference.ssvi.patterns import KERNELS
 from ppl.inference.ssvi.schedule import is_due
 from ppl.inference.ssvi.sets import Change
 from ppl.inference.ssvi.structured import group_of, members
 from ppl.inference.ssvi.update import relaid, update
+from ppl.marginals import Gaussian
 from ppl.models.bnn import classifier
 from ppl.streams import Streams
 
@@ -299,7 +302,7 @@ def test_groups_move_as_a_whole(sets, net):
         rate=1.0,
         budgets="uniform",
         sets=sets,
-        block=(4, 4),
+        **({"block": (4, 4)} if sets == "block" else {}),
         every=4,
         removal="evidence",
         rejoin="value",
@@ -447,6 +450,42 @@ def test_a_run_that_fails_names_step_and_layer():
         infer(net, data, method="ssvi", optimiser="sgd", learning_rate=1e12, seed=0, max_iters=60)
 
 
+def test_every_restart_begins_once(monkeypatch):
+    begun, first = [], fit.first
+    monkeypatch.setattr(fit, "first", lambda *a: begun.append(a[1]) or first(*a))
+    started(SSVI(density=0.2), restarts=3)
+    assert begun == [0, 1, 2]
+
+
+@pytest.mark.parametrize("options", [{}, {"sets": "output"}, {"initial_mean": 0.01}], ids=str)
+def test_a_law_that_was_carried_over_is_its_own_start(options):
+    net = classifier(hidden=(24, 16), classes=3)
+    bound = net.bind(digits(), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    laws = {
+        v.name: Gaussian(
+            torch.randn(bound.shape(v), generator=generator, dtype=torch.float64),
+            0.1 + torch.rand(bound.shape(v), generator=generator, dtype=torch.float64),
+        )
+        for v in bound.graph.latents
+        if v.name.endswith("weight")
+    }
+    settings = Settings(Streams(0), max_iters=100)
+    options = SSVI(density=0.25, **options)
+    problem = kernel.prepare(with_laws(bound, laws, bound.labels), options, settings)
+    (state,) = (fit.first(problem.inner, 0, first_sets(problem, 0)),)
+    for layer in problem.layers:
+        law, index = laws[problem.inner.arrays[layer.at].name], state.indices[layer.at]
+        where = networks.slices(problem.inner, state)[layer.at]
+        assert torch.equal(state.mean[where], law.loc.reshape(-1)[index])
+        sd = networks.sds(problem.inner, state)[where]
+        torch.testing.assert_close(sd, law.scale.reshape(-1)[index])
+        if layer.groups is None:
+            sure = (law.loc / law.scale).abs().reshape(-1)
+            others = torch.ones_like(sure, dtype=torch.bool).index_fill(0, index, False)
+            assert float(sure[index].min()) >= float(sure[others].max())
+
+
 def test_restarts_have_sets_of_their_own():
     problem, state, batches = started(SSVI(density=0.2, every=5), restarts=2)
     state, _ = walked(problem, state, batches, 20)
@@ -466,6 +505,11 @@ def test_restarts_have_sets_of_their_own():
         ({"dense": ("fc9",)}, "no layer 'fc9'"),
         ({"rate": -1.0}, "rate"),
         ({"momentum": 1.0}, "momentum"),
+        ({"momentum": 0.5}, r"SSVI\(momentum=...\) is an option of optimiser='sgd'"),
+        ({"output": 2.0}, "is an option of budgets='uniform'"),
+        ({"block": (4, 4)}, "is an option of sets='block'"),
+        ({"prior_inclusion": 0.1}, "is an option of density='auto'"),
+        ({"sets": "neuron", "kernel": "csr"}, "sets that are no whole units"),
         ({"augment": {"picture": torch.flip}}, "no such covariate"),
         ({"estimator": "natural", "optimiser": "sgd"}, "Leave optimiser out"),
         ({"estimator": "natural", "scale_rate": 0.1}, "Leave scale_rate out"),

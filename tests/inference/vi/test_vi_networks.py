@@ -18,7 +18,6 @@ from ppl import (
     explain,
     given,
     infer,
-    latent,
     model,
     nn,
     observe,
@@ -26,10 +25,10 @@ from ppl import (
 )
 from ppl.backend import Settings
 from ppl.inference import vi
-from ppl.inference.networks.records import Problem
-from ppl.inference.vi.networks import horizon
+from ppl.inference.networks.records import Problem, horizon
 from ppl.models.bnn import classifier, regression
 from ppl.streams import Streams
+from tests.conjugate import normal_mean
 
 ESTIMATORS = ["local", "flipout", "pathwise", "natural"]
 
@@ -81,20 +80,14 @@ def test_a_classifier_learns_from_batches(estimator):
 
 
 def test_auto_is_local_for_networks_and_draws_elsewhere():
-    @model
-    def plain():
-        mu = latent("mu", Normal(0.0, 1.0))
-        with plate("row"):
-            observe("y", Normal(mu, 1.0))
-
     net = classifier(hidden=(4,), classes=3)
     problem = vi.prepare(net.bind(blobs()), vi.VI(), Settings(Streams(0)))
     assert isinstance(problem, Problem) and set(problem.estimators) == {"local"}
-    general = vi.prepare(plain.bind({"y": [1.0, 2.0]}), vi.VI(), Settings(Streams(0)))
+    general = vi.prepare(normal_mean.bind({"y": [1.0, 2.0]}), vi.VI(), Settings(Streams(0)))
     assert not isinstance(general, Problem) and vi.VI().draw_count == 8
-    one = quiet(plain, {"y": [1.0, 2.0]}, max_iters=30)
-    two = quiet(plain, {"y": [1.0, 2.0]}, max_iters=30, estimator="pathwise")
-    assert torch.equal(one.mean("mu"), two.mean("mu"))
+    one = quiet(normal_mean, {"y": [1.0, 2.0]}, max_iters=30)
+    two = quiet(normal_mean, {"y": [1.0, 2.0]}, max_iters=30, estimator="pathwise")
+    assert torch.equal(one.mean("mean"), two.mean("mean"))
 
 
 def test_both_codes_find_one_posterior():
@@ -152,13 +145,14 @@ def test_a_residual_network_with_batch_norms_trains_and_its_statistics_are_estim
     assert len(weights) == 9
 
 
-def test_statistics_are_those_of_the_inputs_of_the_norm():
-    @model
-    def normed():
-        layer, norm = nn.Linear(2, 2, name="fc", bias=False), nn.BatchNorm(2, name="bn")
-        with plate("row"):
-            observe("y", Normal(norm(layer(given("x"))).sum(), 1.0))
+@model
+def normed():
+    layer, norm = nn.Linear(2, 2, name="fc", bias=False), nn.BatchNorm(2, name="bn")
+    with plate("row"):
+        observe("y", Normal(norm(layer(given("x"))).sum(), 1.0))
 
+
+def test_statistics_are_those_of_the_inputs_of_the_norm():
     g = torch.Generator().manual_seed(0)
     x = torch.randn(400, 2, generator=g, dtype=torch.float64) * torch.tensor([1.0, 3.0]) + 2.0
     posterior = quiet(normed, {"x": x, "y": torch.zeros(400)}, max_iters=30)
@@ -273,6 +267,8 @@ def test_augmented_batches_come_with_a_generator_of_the_run():
     assert not torch.equal(one.mean("fc1.weight"), plain.mean("fc1.weight"))
     with pytest.raises(ModelError, match="no such covariate"):
         quiet(net, data, augment={"z": jitter}, **options)
+    with pytest.raises(ModelError, match="no such covariate. Covariates: x"):
+        quiet(net, data, augment={"label": jitter}, **options)
 
 
 def test_restarts_are_reported():
@@ -304,22 +300,18 @@ def test_a_posterior_that_is_still_the_prior_is_named():
 def test_what_does_not_go_together_is_refused_in_words():
     net, data = classifier(hidden=(4,), classes=3), blobs()
 
-    @model
-    def plain():
-        mu = latent("mu", Normal(0.0, 1.0))
-        with plate("row"):
-            observe("y", Normal(mu, 1.0))
-
     with pytest.raises(UnsupportedError, match="no layer of the model"):
-        quiet(plain, {"y": [1.0]}, estimator="local")
+        quiet(normal_mean, {"y": [1.0]}, estimator="local")
     with pytest.raises(ModelError, match="option for networks"):
-        quiet(plain, {"y": [1.0]}, weight_decay=0.1)
+        quiet(normal_mean, {"y": [1.0]}, weight_decay=0.1)
     with pytest.raises(UnsupportedError, match="several particles"):
         quiet(net, data, estimator="flipout", particles=3)
     with pytest.raises(ModelError, match="start="):
         quiet(net, data, start="standard")
     with pytest.raises(ModelError, match="momentum"):
         quiet(net, data, momentum=1.5)
+    with pytest.raises(ModelError, match="final_draws.*as its size"):
+        quiet(net, data, final_draws=10)
     with pytest.raises(UnsupportedError, match="batch norm are estimated"):
         quiet(small_resnet, images(8, 8), family="low_rank")
     with pytest.raises(DataError):
@@ -335,13 +327,20 @@ def test_a_posterior_is_the_prior_of_the_next_fit():
     assert float(moved.square().mean().sqrt()) < 1.0
 
 
-def test_statistics_that_the_data_hold_are_used_as_they_are():
-    @model
-    def normed():
-        layer, norm = nn.Linear(2, 2, name="fc", bias=False), nn.BatchNorm(2, name="bn")
-        with plate("row"):
-            observe("y", Normal(norm(layer(given("x"))).sum(), 1.0))
+def test_the_table_of_noise_counts_as_memory():
+    """70400 weights of eight bytes: 2 x 6 vectors of a state, and a table of two where weights are drawn."""
+    data = {"x": torch.zeros(8, 640), "label": torch.zeros(8)}
+    data["x"] = data["x"].double()
+    vector = 8 * (640 * 110 + 110 + 110 * 2 + 2)
+    limit = 12 * vector + 200_000  # with what layers put out
+    options = {"method": "vi", "memory": limit, "max_iters": 1, "seed": 0, "progress": False}
+    net = classifier(hidden=(110,), classes=2)
+    with pytest.raises(UnsupportedError, match="for weights"):
+        infer(net, data, estimator="pathwise", **options)
+    infer(net, data, estimator="local", **options)
 
+
+def test_statistics_that_the_data_hold_are_used_as_they_are():
     data = {"x": torch.randn(20, 2), "y": torch.zeros(20)}
     known = {"bn.mean": [0.5, 1.0], "bn.variance": [4.0, 9.0]}
     posterior = quiet(normed, {**data, **known}, max_iters=30)

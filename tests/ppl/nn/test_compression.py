@@ -130,6 +130,46 @@ def test_what_becomes_dead_by_that_goes_too():
     assert_same_predictions(posterior, posterior.compress(), images()["x"])
 
 
+@pytest.mark.parametrize(("dim", "left"), [(-1, 3), (0, 5)])
+def test_a_mean_over_channels_of_a_square_array_mixes_them(dim, left):
+    @model
+    def square():
+        conv, head = nn.Conv1d(1, 5, 3, padding=1, name="conv"), nn.Linear(5, 2, name="head")
+        with plate("row"):
+            h = conv(given("x")).relu()  # [5 channels, 5 places]
+            observe("label", Categorical(logits=head(h.mean(dim))))
+
+    x = torch.linspace(-1.0, 1.0, 20, dtype=torch.float64).reshape(4, 1, 5)
+    masks = {"head.weight": unread(0, 3)}
+    posterior = network_posterior(square, {"x": x, "label": [0, 1, 0, 1]}, 0.9, masks=masks)
+    compressed = posterior.compress()
+    assert len(by_name(compressed)["conv.weight"].outputs) == left
+    assert_same_predictions(posterior, compressed, x)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [lambda c, h: c * h, lambda c, h: h * c, lambda c, h: torch.where(c > 1.5, h, 0.0)],
+    ids=["in front", "behind", "where"],
+)
+def test_units_that_constants_belong_to_stay(between):
+    each = torch.linspace(1.0, 2.0, 6, dtype=torch.float64)
+
+    @model
+    def weighted():
+        first, second = nn.Linear(3, 6, name="fc1"), nn.Linear(6, 2, name="fc2")
+        with plate("row"):
+            observe("label", Categorical(logits=second(between(each, first(given("x")).relu()))))
+
+    x = torch.linspace(-1.0, 1.0, 12, dtype=torch.float64).reshape(4, 3)
+    masks = {"fc2.weight": unread(0, 3)}
+    posterior = network_posterior(weighted, {"x": x, "label": [0, 1, 0, 1]}, 0.9, masks=masks)
+    compressed = posterior.compress()
+    assert len(by_name(compressed)["fc1.weight"].outputs) == 6
+    assert "may mix them" in by_name(compressed)["fc2.weight"].note
+    assert_same_predictions(posterior, compressed, x)
+
+
 def test_channels_drop_blocks_behind_a_flattened_image():
     masks = {"conv2.weight": off(1, 7), "conv1.weight": off(2)}
     posterior = network_posterior(
