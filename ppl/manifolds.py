@@ -45,6 +45,7 @@ from ppl.rotations import (
     turned,
     wrapped,
 )
+from ppl.shapes import broadcast_shapes
 
 _UNIT = 1e-4  # how far from unit length the squared length of a quaternion in the data may be
 
@@ -389,7 +390,7 @@ def by_name(name: str) -> Manifold:
 
 def _pose(place: Tensor, turn: Tensor) -> Tensor:
     """Both parts side by side; leading axes broadcast."""
-    lead = torch.broadcast_shapes(place.shape[:-1], turn.shape[:-1])
+    lead = broadcast_shapes(place.shape[:-1], turn.shape[:-1])
     return torch.cat([place.expand(*lead, 3), turn.expand(*lead, 4)], -1)
 
 

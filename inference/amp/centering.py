@@ -22,6 +22,7 @@ from torch import Tensor
 from ppl.inference.amp.operators import Map, Operator, dense
 from ppl.inference.amp.rules.priors import Gaussian
 from ppl.inference.amp.rules.record import Moments, Rule
+from ppl.shapes import broadcast_shapes
 
 _FLAT = 1e6  # variance of the new coefficients, in units of what the prior of x implies
 _TIED = 1e-10  # variance of the new outputs, likewise
@@ -196,5 +197,5 @@ def _wide(values: Tensor, size: int) -> Tensor:
 
 
 def _concatenated(parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
-    lead = torch.broadcast_shapes(*(each.shape[:-1] for each in parts))
+    lead = broadcast_shapes(*(each.shape[:-1] for each in parts))
     return torch.cat([each.expand(*lead, each.shape[-1]) for each in parts], -1)

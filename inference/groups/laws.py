@@ -17,6 +17,7 @@ from ppl.graph import Law
 from ppl.inference.groups.expressions import Expression
 from ppl.inference.groups.motions import Motion, differences, slopes
 from ppl.inference.groups.whitening import GAUSSIAN, Whitener, difference, whitened, whitener
+from ppl.shapes import broadcast_shapes
 
 Params = Mapping[str, Tensor]
 
@@ -221,7 +222,7 @@ def _log_prob(family: Distribution, lead: int, value: Tensor, leaves: Sequence[T
     if not is_foreign(family):
         return evaluate(value, *leaves)
     operands = (value, *leaves)  # a law that is right for one element's shapes only
-    full = torch.broadcast_shapes(*(x.shape[:lead] for x in operands))
+    full = broadcast_shapes(*(x.shape[:lead] for x in operands))
     spread = [x.expand(*full, *x.shape[lead:]) for x in operands]
     has: list[Sequence[bool]] = [[True] * len(operands)] * lead
     run: Callable[..., Tensor] = operations.mapped(evaluate, has)

@@ -16,6 +16,7 @@ from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
 from ppl.errors import ModelError, nearest
+from ppl.shapes import broadcast_shapes
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -169,7 +170,7 @@ def check_exactly_one(family: str, names: Sequence[str], given: Iterable[str]) -
 def check_broadcast(family: str, shapes: dict[str, tuple[int, ...]]) -> None:
     """Raise where the batch shapes of the parameters do not broadcast."""
     try:
-        torch.broadcast_shapes(*shapes.values())
+        broadcast_shapes(*shapes.values())
     except RuntimeError:
         listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items() if shape)
         raise ModelError(

@@ -29,6 +29,7 @@ from ppl.distributions.arguments import (
     show,
 )
 from ppl.errors import ModelError
+from ppl.shapes import broadcast_shapes
 
 # What stands in `arg_constraints` for arguments that are no numbers.
 NESTED = "a distribution"
@@ -211,7 +212,7 @@ class Distribution:
     @property
     def batch_shape(self) -> torch.Size:
         """Shape of the parameters without the event, broadcast."""
-        return torch.broadcast_shapes((), *self._batch_shapes().values())
+        return broadcast_shapes((), *self._batch_shapes().values())
 
     @property
     def event_shape(self) -> torch.Size:
@@ -226,10 +227,8 @@ class Distribution:
         for name, value in self._items():
             if isinstance(value, (Distribution, tuple)):
                 parts = value if isinstance(value, tuple) else (value,)
-                shape, drop = (
-                    torch.broadcast_shapes(*(p.batch_shape for p in parts)),
-                    self.extra_dims(name),
-                )
+                shape: tuple[int, ...] = broadcast_shapes(*(p.batch_shape for p in parts))
+                drop = self.extra_dims(name)
             else:
                 shape, drop = shape_of(value), self.arg_event_dims[name]
             shapes[name] = tuple(shape[: max(len(shape) - drop, 0)])

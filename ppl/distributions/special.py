@@ -14,6 +14,7 @@ from ppl.distributions.arguments import Point
 from ppl.distributions.base import NESTED, STATIC, Distribution, outside
 from ppl.errors import ModelError
 from ppl.manifolds import Manifold
+from ppl.shapes import broadcast_shapes
 
 
 class Flat(Distribution):
@@ -50,7 +51,7 @@ class Flat(Distribution):
     def log_prob(self, value: Tensor) -> Tensor:
         (value,) = self.against(value)
         batch = value.shape[: value.ndim - self.event_dim]
-        return value.new_zeros(torch.broadcast_shapes(batch, self.batch_shape))
+        return value.new_zeros(broadcast_shapes(batch, self.batch_shape))
 
     def sample(self, shape: Sequence[int] = (), generator: Generator | None = None) -> Tensor:
         device = generator.device if generator else None

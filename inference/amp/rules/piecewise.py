@@ -24,6 +24,7 @@ from ppl.inference.amp.rules.truncation import (
     interval,
     standardised,
 )
+from ppl.shapes import broadcast_shapes
 
 
 class Piece(NamedTuple):
@@ -91,7 +92,7 @@ def combined(parts: Sequence[Part]) -> tuple[Moments, list[Tensor]]:
         return Moments(only.mean, only.variance, only.log_weight), [torch.ones_like(only.mean)]
     if len(parts) == 2:
         return _of_two(*parts)
-    shape = torch.broadcast_shapes(*(q.log_weight.shape for q in parts))
+    shape = broadcast_shapes(*(q.log_weight.shape for q in parts))
     logs = torch.stack([q.log_weight.expand(shape) for q in parts])
     log_z = logs.logsumexp(0)
     weights = list(torch.exp(logs - log_z))
