@@ -98,7 +98,7 @@ def exchanges(bound: Bound, point: Mapping[str, Tensor]) -> tuple[Exchange, ...]
     candidates = [tries for tries in _candidates(bound) if tries]
     if not candidates:
         return ()
-    density = _Density(bound, point)
+    density = Densities(bound, point)
     found: list[Exchange] = []
     for tries in candidates:
         taken = {(n, a) for e in found for n, axes in e.axes.items() for a in axes}
@@ -201,8 +201,11 @@ def _choices(axes: Sequence[tuple[str, int]]) -> Iterator[dict[str, tuple[int, .
 # ---- the test ---------------------------------------------------------------------------------------------------
 
 
-class _Density:
-    """The log-density of each factor at a point, and whether a renumbering leaves all of them as they are."""
+class Densities:
+    """The log-density of each factor at a point, and whether a renumbering leaves all of them as they are.
+
+    In the order of ``graph.densities``, with those of transitions behind them.
+    """
 
     def __init__(self, bound: Bound, point: Mapping[str, Tensor]) -> None:
         self.bound = bound
@@ -211,6 +214,7 @@ class _Density:
         self.here = self._values(self.point)
 
     def is_unmoved(self, exchange: Exchange) -> bool:
+        """Whether a renumbering changes nothing."""
         return all(self._holds(exchange, order) for order in _generators(exchange.size))
 
     def _holds(self, exchange: Exchange, order: Tensor) -> bool:
@@ -219,10 +223,14 @@ class _Density:
         there = {n: t.squeeze(0) for n, t in moved.items()}
         if not all(_is_inside(self.bound.graph.variables[n], t) for n, t in there.items()):
             return False
+        return bool(self.unmoved(there).all())
+
+    def unmoved(self, there: Mapping[str, Tensor]) -> Tensor:
+        """Which factors stay as they are, to rounding, where some variables have other values."""
         values = self._values({**self.point, **there})
         slack = 1e3 * torch.finfo(self.bound.dtype).eps
         near = (values - self.here).abs() <= slack * (1 + self.here.abs())
-        return bool((near & values.isfinite()).all())
+        return near & values.isfinite()
 
     def _values(self, point: Mapping[str, Tensor]) -> Tensor:
         with torch.no_grad():
