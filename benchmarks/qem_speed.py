@@ -1,6 +1,6 @@
 """Time and memory of an iteration of QEM on the models of its paper, beside the authors' own code.
 
-    python benchmarks/qem_speed.py [--models bus_breakdown radon ...] [--particles 3 10 30] [--repeats 15]
+    python benchmarks/qem_speed.py [--models bus_breakdown radon ...] [--particles 3 10 30] [--repeats 40]
 
 Blocks, step and start are the paper's. An iteration is sampling, log evidence and update, in both codes; ours in double
 precision, theirs in single. Each configuration runs in a process of its own, one thread, and is timed by the CPU time of that
@@ -192,7 +192,7 @@ def main() -> None:
     )
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--particles", type=int, nargs="+", default=[3, 10, 30])
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument(
         "--seconds", type=float, default=15.0, help="stop a configuration after this"
     )

@@ -9,6 +9,7 @@ Source: [Obermeyer2019] Algorithm 1; marginals as gradients of source terms, [Bo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -82,6 +83,11 @@ class Plan:
     def split(self) -> str | None:
         """The plate that is processed in parts to fit the memory budget, if any."""
         return self._route.split
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether ``marginals`` takes no derivative by autograd."""
+        return not self._route.parts and all(s.has_rule for s in self._route.program.steps)
 
     @property
     def parts(self) -> list[Rows]:
@@ -163,7 +169,7 @@ class Plan:
             tensors = [load(program, k, i, None) for k, i in enumerate(route.outer)]
             results, pull = program.gradients(tensors, tuple(watched.values()), overwrite, power)
             log_z = _sum_outputs(self._layout, results, program.outputs)
-            if not bool(log_z.isfinite().all()):
+            if not math.isfinite(float(log_z.sum())):
                 raise NumericalError(_LOST if overwrite else self._explain(factors))
             copies = [log_z.numel() // r.numel() for r in results]
             grads = pull([torch.full_like(r, n) for r, n in zip(results, copies, strict=True)])

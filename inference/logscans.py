@@ -98,7 +98,7 @@ class LogScan(torch.autograd.Function):
                     unit.add(grad)
                 shares, totals, redone = ctx.kept.pop()
                 ratio = grad / totals.clamp_(min=tiny)  # zero only where nothing can get to
-                before = ctx.product.backward(ratio, matrix).mul_(shares)
+                before = ctx.product.backward(ratio, matrix, torch.empty_like(ratio)).mul_(shares)
                 if redone is not None:
                     _put_back(ctx.product.by_state(before), redone, grad)
                 grad = before
@@ -185,12 +185,13 @@ class Product:
         else:
             torch.bmm(left, right, out=out)
 
-    def backward(self, ratio: Tensor, right: Tensor) -> Tensor:
+    def backward(self, ratio: Tensor, right: Tensor, out: Tensor) -> Tensor:
         """Over the present states."""
         if self.front:
-            return (ratio * right).sum(1)
-        flat = ratio.reshape(self.cells, self.rows, ratio.shape[-1])
-        return torch.bmm(flat, right.mT).view(ratio.shape)
+            return torch.sum(ratio * right, 1, out=out)
+        shape = self.cells, self.rows, ratio.shape[-1]
+        torch.bmm(ratio.reshape(shape), right.mT, out=out.view(shape))
+        return out
 
     def _flat(self, messages: Tensor) -> Tensor:
         return messages.reshape(-1, self.cells, self.rows, messages.shape[-1])
@@ -220,7 +221,8 @@ class Collector:
         """The gradient at one time, or at several ``[times, ...]`` in their order."""
         if self.is_needed:
             grad = grad.unsqueeze(0) if grad.ndim < len(self.shape) else grad
-            self.parts.append(self._summed(grad) if grad[0].numel() > _SUMMED_LATER else grad)
+            later = len(grad) == 1 and grad.numel() <= _SUMMED_LATER
+            self.parts.append(grad if later else self._summed(grad))
 
     def _summed(self, grad: Tensor) -> Tensor:
         sizes = zip(self.shape[1:], grad.shape[1:], strict=True)
@@ -230,7 +232,12 @@ class Collector:
     def result(self) -> Tensor | None:
         if not self.is_needed:
             return None
-        return self._summed(torch.cat(self.parts[::-1])).sum_to_size(self.shape)
+        parts = self.parts[::-1]
+        if (
+            len({p.shape[1:] for p in parts}) > 1
+        ):  # of some times, or of one, which waits to be summed
+            parts = [self._summed(p) for p in parts]
+        return self._summed(torch.cat(parts)).sum_to_size(self.shape)
 
 
 class _Redone(NamedTuple):

@@ -103,17 +103,17 @@ class Program:
                 slots[step.output.slot] = power * slots[step.output.slot]
             for term in step.inputs:
                 slots[term.slot] = None
-        zeros = {i: tensors[i].new_zeros(()).expand(tensors[i].shape) for i in watched}
-        return [slots[t.slot] for t in self.outputs], partial(self._backward, pulls, zeros, power)
+        shapes = {i: tensors[i].shape for i in watched}
+        return [slots[t.slot] for t in self.outputs], partial(self._backward, pulls, shapes, power)
 
     def _backward(
         self,
         pulls: list[tuple[Step, Pull]],
-        zeros: Mapping[int, Tensor],
+        shapes: Mapping[int, torch.Size],
         power: float,
         grads: Sequence[Tensor],
     ) -> list[Tensor]:
-        """Gradients of the inputs that ``zeros`` has, which stand for those that nothing reads; empties ``pulls``."""
+        """Gradients of the inputs of these ``shapes``, zero for those that nothing reads; empties ``pulls``."""
         at = {t.slot: g for t, g in zip(self.outputs, grads, strict=True)}
         while pulls:
             step, pull = pulls.pop()
@@ -121,7 +121,7 @@ class Program:
                 grad = at.pop(step.output.slot)
                 found = pull(power * grad if power != 1.0 and _leaves_plates(step) else grad)
                 at |= {t.slot: g for t, g in zip(step.inputs, found, strict=True) if g is not None}
-        return [at.get(i, zero) for i, zero in zeros.items()]
+        return [at[i] if i in at else grads[0].new_zeros(s) for i, s in shapes.items()]
 
     def _wanted(self, watched: tuple[int, ...]) -> list[Wanted]:
         """Which inputs of each step depend on those ``watched``."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from ppl.inference.chains import filtered, tree, with_leave
 from ppl.inference.logscans import Blocks, Collector, LogScan, Product
 from ppl.inference.logspace import exp_of_shifted, log_sum
+from ppl.shapes import broadcast_shapes
 
 _FEW_STATES = 5
 _MOST_LOST = 0.125  # share of chains up to which those that lost a number are summed again alone
@@ -45,11 +46,9 @@ def scan(
         return log_sum(
             filtered(first, sum(units[1:], units[0]), with_leave(step, leave))[-1], (-1,)
         )
-    outer = torch.broadcast_shapes(
-        first.shape[:-1], *(u.shape[:-2] for u in units), step.shape[:-3]
-    )
+    outer = broadcast_shapes(first.shape[:-1], *(u.shape[:-2] for u in units), step.shape[:-3])
     if leave is not None:
-        outer = torch.broadcast_shapes(outer, leave.shape[:-2])
+        outer = broadcast_shapes(outer, leave.shape[:-2])
     n, length = len(outer), max(u.shape[-2] for u in units)
     step = step[(None,) * (n + 3 - step.ndim)]
     step = step.expand(*step.shape[:-3], length - 1, *step.shape[-2:])
@@ -115,7 +114,7 @@ class _Block(NamedTuple):
     start: int
     stop: int
     shares: Tensor  # messages; the largest of each is one
-    totals: Tensor  # the products that they were made of
+    rates: Tensor  # what the products with the matrices were multiplied by to make them
 
 
 class _Messages(NamedTuple):
@@ -139,10 +138,10 @@ def _forward(
     for start, stop in made.bounds:
         matrices, columns = made.exponentials(start, stop)
         shape = (stop - start, *product.shape(states))
-        shares, totals = (share.new_empty(shape) for _ in range(2))
-        vectors.of(start, stop, columns.squeeze(made.before), shares)
-        tops = shares.amax(behind, keepdim=True).clamp_(min=info.min)
-        exp_of_shifted(shares.sub_(tops))
+        shares, totals, rates = (share.new_empty(shape) for _ in range(3))
+        vectors.of(start, stop, columns.squeeze(made.before), rates)
+        tops = rates.amax(behind, keepdim=True).clamp_(min=info.min)
+        exp_of_shifted(rates.sub_(tops))
         peaks = torch.empty_like(tops)
         befores, laters, news = (
             product.lefts(shares),
@@ -150,11 +149,10 @@ def _forward(
             product.outs(totals),
         )
         before = product.lefts(share.unsqueeze(0))[0]
-        for i, (total, share, peak) in enumerate(
-            zip(totals.unbind(), shares.unbind(), peaks.unbind(), strict=True)
-        ):
+        rows = (x.unbind() for x in (totals, rates, shares, peaks))
+        for i, (total, rate, share, peak) in enumerate(zip(*rows, strict=True)):
             product.forward(before, laters[i], news[i])
-            torch.mul(total, share, out=share)
+            torch.mul(total, rate, out=share)
             torch.amax(share, dim, keepdim=True, out=peak)
             share.div_(peak)
             before = befores[i]
@@ -162,8 +160,8 @@ def _forward(
             fine = (totals.amin(behind) >= least) & (peaks.squeeze(behind) > 0)
             new = fine.all(0).logical_not_()
             lost = new if lost is None else lost.logical_or_(new)
+        blocks.append(_Block(start, stop, shares, rates.div_(peaks)))
         logs = logs + tops.add_(peaks.log_()).sum(0)
-        blocks.append(_Block(start, stop, shares, totals))
     log = (logs + share.sum(dim, keepdim=True).log_()).squeeze(dim)
     return _Messages(first, blocks), log, lost
 
@@ -233,7 +231,7 @@ class _Scan(torch.autograd.Function):
         for block in run.blocks:  # so that nothing of these chains goes back through them
             where = product.index(again.at, block.shares)
             block.shares[where] = 0.0
-            block.totals[where] = torch.inf
+            block.rates[where] = 0.0
         return log.index_put(again.at, again.log.detach())
 
     @staticmethod
@@ -247,7 +245,9 @@ class _Scan(torch.autograd.Function):
         sent = None
         if ctx.again is not None:
             at, unary, log = ctx.again
-            (sent,) = torch.autograd.grad(log, unary, grad[at])
+            with torch.enable_grad():
+                total = (log * grad[at]).sum()
+            (sent,) = torch.autograd.grad(total, unary)
         first, *units = found
         leave = units.pop() if ctx.leaves else None
         for start, weights in _weights(ctx.made, ctx.product, ctx.run, grad, ctx.again, sent):
@@ -272,30 +272,28 @@ def _weights(
 
     ``sent [n, T, S]`` are those of the chains that were summed again.
     """
-    dim = product.dim
 
-    def whole(weights: list[Tensor], start: int) -> Tensor:
-        block = weights[0].unsqueeze(0) if len(weights) == 1 else torch.stack(weights)
+    def mended(block: Tensor, start: int) -> Tensor:
         if again is not None and sent is not None:
-            some = sent[:, start : start + len(weights)]
+            some = sent[:, start : start + len(block)]
             order = (1, 2, 0) if product.front else (1, 0, 2)
             block[product.index(again.at, block)] = some.permute(order)
         return block
 
     last = run.blocks[-1].shares[-1]
-    weights = last * (grad / last.sum(dim).clamp_(min=1.0)).unsqueeze(dim)
-    for n in reversed(range(len(run.blocks))):
-        start, stop, shares, totals = run.blocks[n]
+    slope = grad / last.sum(product.dim).clamp_(min=1.0)
+    after = slope.unsqueeze(product.dim).expand(last.shape)
+    for start, stop, shares, rates in reversed(run.blocks):
         matrices, _ = made.exponentials(start, stop)
-        before = run.blocks[n - 1].shares[-1] if n else run.first
-        here = []
-        rights = product.rights(matrices)
-        rows = zip(rights, totals.unbind(), (before, *shares.unbind()[:-1]), strict=True)
-        for matrix, total, share in reversed(list(rows)):
-            here.append(weights)
-            weights = product.backward(weights / total, matrix).mul_(share)
-        yield start + 1, whole(here[::-1], start + 1)
-    yield 0, whole([weights], 0)
+        slopes = torch.empty_like(shares)  # by the messages
+        slopes[-1] = after
+        after = torch.empty_like(last)
+        into = [after, *slopes.unbind()[:-1]]
+        rows = zip(slopes.unbind(), rates.unbind(), product.rights(matrices), into, strict=True)
+        for slope, rate, matrix, before in reversed(list(rows)):
+            product.backward(slope * rate, matrix, before)
+        yield start + 1, mended(slopes.mul_(shares), start + 1)
+    yield 0, mended((after * run.first).unsqueeze(0), 0)
 
 
 def _by_logs(

@@ -38,8 +38,16 @@ class IndexCache:
 
     def on(self, device: torch.device) -> Tensor:
         if device not in self.by_device:
-            self.by_device[device] = next(iter(self.by_device.values())).to(device)
+            with torch.inference_mode(False):  # it is kept for other calls
+                self.by_device[device] = next(iter(self.by_device.values())).to(device)
         return self.by_device[device]
+
+
+def slopes(out: Tensor, inputs: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of ``(out * grad).sum()``: given ``grad`` apart, torch would import a computer algebra system first."""
+    with torch.enable_grad():
+        total = (out * grad).sum()
+    return torch.autograd.grad(total, inputs, materialize_grads=True)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -66,16 +74,25 @@ class Step:
 
         With ``overwrite`` the memory of the inputs may be used.
         """
-        with torch.enable_grad():
-            leaves = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
+        apart = torch.is_inference_mode_enabled()  # whose tensors autograd does not take
+        with torch.inference_mode(False), torch.enable_grad():
+            parts = [t.clone() if apart else t.detach() for t in tensors]
+            leaves = [t.requires_grad_(w) for t, w in zip(parts, wanted, strict=True)]
             out = self.compute(*leaves)
         watched = [t for t in leaves if t.requires_grad]
 
         def pull(grad: Tensor) -> list[Tensor | None]:
-            found = iter(torch.autograd.grad(out, watched, grad, materialize_grads=True))
+            with torch.inference_mode(False):
+                grad = grad.clone() if apart else grad
+                found = iter(slopes(out, watched, grad))
             return [next(found) if w else None for w in wanted]
 
         return out.detach(), pull
+
+    @property
+    def has_rule(self) -> bool:
+        """Whether its derivative takes no autograd."""
+        return type(self).pulled is not Step.pulled
 
     @property
     def cells(self) -> int:
@@ -148,7 +165,7 @@ class Combine(Step):
     def compute(self, *tensors: Tensor) -> Tensor:
         x, y, rest = self._parts(tensors)
         if not self.dims:
-            return x + y
+            return x if y is None else x + y
         return self._with(rest, log_sum_product(x, y, self.dims, keepdim=True))
 
     def pulled(
@@ -159,7 +176,7 @@ class Combine(Step):
             exponentials, total, out = shifted(x, y, self.dims, overwrite)
             out = self._with(rest, out)
         else:
-            exponentials, total, out = None, None, x + y
+            exponentials, total, out = None, None, x if y is None else x + y
 
         def pull(grad: Tensor) -> list[Tensor | None]:
             grad = grad.reshape(self.kept)
@@ -181,8 +198,8 @@ class Combine(Step):
 
         return out, pull
 
-    def _parts(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Two arrays that add up to the summand, the larger one first, and what is added to the sum."""
+    def _parts(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """Two arrays that add up to the summand, the larger one first, or one, and what is added to the sum."""
         parts = [
             t if same else t.reshape(shape)
             for t, shape, same in zip(tensors, self.shapes, self.is_plain, strict=True)
@@ -193,7 +210,7 @@ class Combine(Step):
             second = parts.pop(j)
             parts[i] = parts[i] + second
         if len(parts) == 1:
-            return parts[0], parts[0].new_zeros(()), rest
+            return parts[0], None, rest
         first, second = parts
         return (first, second, rest) if first.numel() >= second.numel() else (second, first, rest)
 

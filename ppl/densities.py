@@ -43,8 +43,7 @@ def law_density(
     elif mask is None and _is_inner_product(c, law, value, arguments):
         slot = _inner_product(c, value, arguments, axes)
     elif mask is None and _is_plain_normal(law, value, arguments):
-        slots = [c.place(o, axes, value.event_ndim) for o in (value, *arguments)]
-        slot = c.emit(partial(_normal, c.dtype, tuple(range(-value.event_ndim, 0))), *slots)
+        slot = _plain_normal(c, value, arguments, axes)
     else:
         slot = _broadcast(c, law, everything, axes, masked=mask is not None)
     return without_edges(c, Operand(slot, axes, 0, edges))
@@ -157,13 +156,40 @@ def _is_plain_normal(law: Law, value: Operand, arguments: Sequence[Operand]) -> 
     return type(law.family) is Normal and fits and value.event_ndim <= 1
 
 
-def _normal(
-    dtype: torch.dtype, dims: tuple[int, ...], value: Tensor, loc: Tensor, scale: Tensor
-) -> Tensor:
+def _plain_normal(
+    c: Compiler, value: Operand, arguments: Sequence[Operand], axes: tuple[str, ...]
+) -> int:
+    """In few calls, which are what a small factor costs: those that read constants alone are made once."""
+    dims = tuple(range(-value.event_ndim, 0))
+    slots = [c.place(o, axes, value.event_ndim) for o in (value, *arguments)]
+    if all(_is_number(c, o, n) for o, n in zip(arguments, (0.0, 1.0), strict=True)):
+        return c.emit(partial(_standard_normal, dims), slots[0])
+    shift = c.emit(partial(_log_scale, c.dtype), slots[2])
+    return c.emit(partial(_normal, dims), *slots, shift)
+
+
+def _is_number(c: Compiler, operand: Operand, number: float) -> bool:
+    """Whether an operand is this constant."""
+    constant = c.base[operand.slot]
+    return isinstance(constant, Tensor) and not constant.ndim and float(constant) == number
+
+
+def _standard_normal(dims: tuple[int, ...], value: Tensor) -> Tensor:
+    square, count = value.square(), math.prod(value.shape[d] for d in dims)
+    square = square.sum(dims) if dims else square
+    return torch.rsub(square, -count * _HALF_LOG_2PI, alpha=0.5)
+
+
+def _log_scale(dtype: torch.dtype, scale: Tensor) -> Tensor:
     if not scale.is_floating_point():  # whole numbers: their logarithm would be in single precision
         scale = scale.to(dtype)
+    return scale.log() + _HALF_LOG_2PI
+
+
+def _normal(
+    dims: tuple[int, ...], value: Tensor, loc: Tensor, scale: Tensor, shift: Tensor
+) -> Tensor:
     residual = (value - loc) / scale
-    shift = scale.log() + _HALF_LOG_2PI
     if dims and shift.ndim == 0:  # one scale for the whole event
         square = residual.square().sum(dims)
         return torch.add(-residual.shape[dims[0]] * shift, square, alpha=-0.5)
@@ -225,10 +251,9 @@ class Room:
         flat, count = self._flat, getattr(torch._C, "_storage_Use_Count", None)
         if flat is None or count is None:
             return False
-        same = flat.numel() == math.prod(shape) and (flat.dtype, flat.device) == (
-            like.dtype,
-            like.device,
-        )
+        kind = like.dtype, like.device, torch.is_inference_mode_enabled()
+        same = flat.numel() == math.prod(shape)
+        same = same and (flat.dtype, flat.device, flat.is_inference()) == kind
         return same and bool(
             count(flat.untyped_storage()._cdata) <= 2
         )  # this tensor and the storage just asked for

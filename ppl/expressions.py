@@ -15,12 +15,14 @@ from ppl import operations
 from ppl.errors import UnsupportedError
 from ppl.graph import Node, Ref, substitute
 from ppl.lowered import Operand, joint_edges, map_name
+from ppl.shapes import broadcast_shapes
 
 if TYPE_CHECKING:
     from ppl.lower import Compiler
 
 _JOINS = frozenset(("stack", "cat", "concat", "concatenate"))
 _MATMULS = frozenset("matmul __matmul__ __rmatmul__ mv mm dot vdot inner vecdot".split())
+_TIMES = frozenset("mul multiply __mul__ __rmul__".split())
 # Event ranks of both sides -> the product as an einsum.
 _PRODUCTS = {(1, 1): "i,i->", (2, 1): "ij,j->i", (1, 2): "i,ij->j", (2, 2): "ij,jk->ik"}
 
@@ -63,6 +65,8 @@ def _by_table(c: Compiler, node: Node, operands: list[Operand]) -> Operand | Non
         return _getitem(c, node, operands)
     if name in operations.REDUCTIONS and len(operands) == 1 and isinstance(first, Ref):
         assert node.func is not None
+        if name == "sum" and (made := _inner(c, node, c.graph.nodes[first.id])) is not None:
+            return made
         event = operands[0].event_ndim
         run = operations.reduction(name, node.func, node.args, node.kwargs, event)
         return None if run is None else _apply(c, run, operands, node)
@@ -145,7 +149,7 @@ def _join(c: Compiler, node: Node) -> Operand | None:
     n = len(axes)
 
     def run(*tensors: Tensor) -> Tensor:
-        lead = torch.broadcast_shapes(*(t.shape[:n] for t in tensors))
+        lead = broadcast_shapes(*(t.shape[:n] for t in tensors))
         return join([t.expand((*lead, *t.shape[n:])) for t in tensors], dim=at)
 
     return Operand(c.emit(run, *(c.spelled_out(p, axes) for p in parts)), axes, rank)
@@ -159,6 +163,25 @@ def _matmul(c: Compiler, node: Node) -> Operand | None:
     if ranks not in _PRODUCTS or (node.name in ("inner", "vecdot") and ranks != (1, 1)):
         return None
     return _einsum(c, node, (a, b), _PRODUCTS[ranks])
+
+
+def _inner(c: Compiler, node: Node, product: Node) -> Operand | None:
+    """The sum of a product of two vectors, without the array of all products where either has axes of its own."""
+    plain = product.op == "call" and product.name in _TIMES and product.id not in c.replaced
+    alone = len(node.args) < 3 and set(node.kwargs) <= {"dim", "axis"}
+    if not (plain and alone) or len(product.args) != 2 or product.kwargs:
+        return None
+    if not all(isinstance(x, Ref) for x in product.args):
+        return None
+    if any(c.graph.nodes[x.id].event_shape != product.event_shape for x in product.args):
+        return None
+    a, b = (c.operand(x) for x in product.args)
+    if a.event_ndim != 1 or b.event_ndim != 1 or not set(a.axes) - set(b.axes):
+        return None
+    if not set(b.axes) - set(a.axes):
+        return None
+    axes = c.joint_axes((a, b), node.plates)
+    return Operand(c.emit(operations.inner, *(c.spelled_out(x, axes) for x in (a, b))), axes, 0)
 
 
 def _linear(c: Compiler, node: Node) -> Operand | None:

@@ -68,6 +68,8 @@ class Compiler:
         self.aligned: dict[Any, int] = {}
         # Chains of which one sample is a whole path, so that a state and the one before have the same axes.
         self.paths: frozenset[str] = frozenset()
+        # Whether arrays with axes in another order are copied, so that what is made of them stands in memory in order.
+        self.is_dense = False
         # The ordered plate whose first element is left out, while a transition is compiled.
         self.along: str | None = None
         # Inputs that stand in for variables while one factor is compiled, and the name of that factor.
@@ -252,6 +254,9 @@ class Compiler:
         if not part or plate not in axes:  # an enumerated chain has the same values everywhere
             axes = self._primed(axes) if primed else axes
             return self._in_order(slot, axes, event)
+        if self.is_dense:  # parts of one copy
+            _, axes, *_ = whole = self._in_order(slot, axes, event)
+            slot = whole.slot
         at = axes.index(plate)
         if part == "first":
             slot = self.emit(lambda t: t.select(at, 0), slot)
@@ -275,8 +280,15 @@ class Compiler:
             return operand
         order = [axes.index(a) for a in wanted]
         order += [len(axes) + i for i in range(operand.event_ndim)]
-        slot = self.emit(lambda t: t.permute(order), operand.slot)
-        return operand._replace(slot=slot, axes=wanted)
+        key = ("ordered", operand)
+        if key not in self.aligned:
+            run = (
+                (lambda t: t.permute(order).contiguous())
+                if self.is_dense
+                else (lambda t: t.permute(order))
+            )
+            self.aligned[key] = self.emit(run, operand.slot)
+        return operand._replace(slot=self.aligned[key], axes=wanted)
 
     # ---- alignment ---------------------------------------------------------------------------
 

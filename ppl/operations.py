@@ -7,6 +7,7 @@ A rule receives operands whose leading ``n`` dimensions are the joint axes and r
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -31,6 +32,8 @@ POINTWISE = frozenset(
     __div__ __rdiv__ __pow__ __rpow__ __mod__ __rmod__ __floordiv__ __rfloordiv__ __neg__ __pos__ __abs__ __and__ __rand__
     __or__ __ror__ __xor__ __rxor__ __invert__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__""".split()
 )
+
+_FEW = 4096  # products of two vectors that are added up as they are
 
 # name -> whether a missing dim means "over all event axes" (True) or the call needs one (False)
 REDUCTIONS = {
@@ -162,6 +165,18 @@ def einsum(equation: str, axes: Sequence[Sequence[str]], out: Sequence[str]) -> 
     spelled = ["".join(letter[a] for a in part) for part in axes]
     parts = [lead + event for lead, event in zip(spelled, left.split(","), strict=True)]
     return ",".join(parts) + "->" + "".join(letter[a] for a in out) + right
+
+
+def inner(x: Tensor, y: Tensor) -> Tensor:
+    """``(x * y).sum(-1)``, as a matrix product where the array of all products is much larger than its factors.
+
+    >>> inner(torch.ones(2, 1, 3), torch.ones(1, 4, 3)).shape
+    torch.Size([2, 4])
+    """
+    entries = math.prod(map(max, x.shape, y.shape))
+    if entries <= max(_FEW, 2 * x.numel(), 2 * y.numel()) or x.dtype != y.dtype:
+        return (x * y).sum(-1)
+    return torch.einsum("...i,...i->...", x, y)
 
 
 def mapped(func: Callable[..., Any], in_axes: Sequence[Sequence[bool]]) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from ppl.distributions import Distribution, Markov, as_distribution
 from ppl.errors import DataError, ModelError, user_line
 from ppl.graph import Factor, Variable
 from ppl.plates import PlateHandle, plate_name, refuse_ragged
+from ppl.shapes import broadcast_shapes
 from ppl.trace import Trace, active, closest, role_of
 from ppl.value import Value, is_traced, prototype
 
@@ -360,7 +361,7 @@ def _event_shape(name: str, concrete: Distribution, shape: int | Sequence[int]) 
     wanted = (shape,) if isinstance(shape, int) else tuple(shape)
     batch, event = tuple(concrete.batch_shape), tuple(concrete.event_shape)
     try:
-        joint = torch.broadcast_shapes(wanted, batch)
+        joint = broadcast_shapes(wanted, batch)
     except RuntimeError:
         raise ModelError(
             f"'{name}': shape={wanted} does not fit the parameters of {type(concrete).__name__}, whose elements have "
@@ -374,7 +375,7 @@ def _whole_event(name: str, concrete: Distribution, at: Any, dtype: torch.dtype)
     value = at if isinstance(at, Tensor) else torch.as_tensor(at, dtype=dtype)
     law = (*concrete.batch_shape, *concrete.event_shape)
     try:
-        shape = torch.broadcast_shapes(tuple(value.shape), law)
+        shape = broadcast_shapes(tuple(value.shape), law)
     except RuntimeError:
         raise ModelError(
             f"factor '{name}': at= has elements of shape {tuple(value.shape)}, the law {type(concrete).__name__} of shape "

@@ -61,7 +61,13 @@ def options_of(
     common = {"particles": particles, "groups": groups, "joint_up_to": 0, "start": "standard"}
     if method == "qem":
         proposals = {"q": _standard(experiment, units == "rescaled")} if units else {}
-        return {**common, **proposals, "step": experiment.step, "bridge": False}
+        return {
+            **common,
+            **proposals,
+            "step": experiment.step,
+            "bridge": False,
+            "stratified": False,
+        }
     parallel = {**common, "learning_rate": LEARNING_RATE[method]}
     if method == "vi":
         parallel |= {"parallel": True, "estimator": "total"}
@@ -158,11 +164,10 @@ def evidence_at(problem: Any, state: Any, particles: int, iteration: int) -> flo
 
 @lru_cache(maxsize=1)
 def _weighting_at(problem: Any, particles: int) -> Weighting:
-    sizes = {
-        b.axis: problem.weighting.sizes[b.axis] if b.enumerated else particles
-        for b in problem.blocks
-    }
-    return make_weighting(problem.bound, problem.blocks, sizes, 0, None, problem.options.chains)
+    """Particles one by one, as in the paper."""
+    blocks = tuple(dataclasses.replace(b, stratified=False) for b in problem.blocks)
+    sizes = {b.axis: problem.weighting.sizes[b.axis] if b.enumerated else particles for b in blocks}
+    return make_weighting(problem.bound, blocks, sizes, 0, None, problem.options.chains)
 
 
 _LOOKS = (1, 4, 10, 25, 50, 100, 160)

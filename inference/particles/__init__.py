@@ -3,6 +3,15 @@
 Source: [Heap2025], [Bowyer2023].
 """
 
-from ppl.inference.particles.forms import LinearGaussian, Prior, Table, Tied, Tilted
+from ppl.inference.particles.forms import (
+    LinearGaussian,
+    Mirrored,
+    Prior,
+    Sites,
+    Skewed,
+    Table,
+    Tied,
+    Tilted,
+)
 
-__all__ = ["LinearGaussian", "Prior", "Table", "Tied", "Tilted"]
+__all__ = ["LinearGaussian", "Mirrored", "Prior", "Sites", "Skewed", "Table", "Tied", "Tilted"]

@@ -16,6 +16,7 @@ import torch
 from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import Transform
 
+from ppl.distributions import Normal
 from ppl.errors import ModelError, UnsupportedError, nearest
 from ppl.graph import Graph, Variable
 from ppl.inference.numerics.expfam import FAMILIES
@@ -26,6 +27,8 @@ from ppl.inference.particles.forms import (
     GaussMarkov,
     LinearGaussian,
     Prior,
+    Sites,
+    Skewed,
     Table,
     Tilted,
     check_form,
@@ -39,6 +42,7 @@ from ppl.inference.particles.sharing import (
     is_whole_path,
     named_groups,
 )
+from ppl.lower import variables_of
 from ppl.manifolds import manifold_of
 from ppl.passes import upstream
 
@@ -92,6 +96,7 @@ class Block:
     form: Form | None = None  # how it is proposed given other blocks
     reads: tuple[str, ...] = ()  # latents of other blocks that its proposal is given
     tied: tuple[str, ...] = ()  # plates whose elements share the proposal's parameters
+    stratified: bool = False  # whether the particles of an element are spread evenly
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -111,9 +116,10 @@ class Block:
     @cached_property
     def gaussian(self) -> tuple[Member, ...]:
         """Members that share the joint Gaussian."""
-        if self.enumerated or isinstance(self.form, (Prior, Tilted)):
+        if self.enumerated or isinstance(self.form, (Tilted, Sites)):
             return ()
-        return tuple(m for m in self.members if m.family is None)
+        own = self.form.takes if isinstance(self.form, Prior) else lambda name: False
+        return tuple(m for m in self.members if m.family is None and not own(m.name))
 
     @cached_property
     def dims(self) -> int:
@@ -121,8 +127,8 @@ class Block:
         return sum(m.dims for m in self.gaussian)
 
 
-def make_blocks(graph: Graph, options: ParticleOptions) -> tuple[Block, ...]:
-    """Partition the latents.
+def make_blocks(graph: Graph, options: ParticleOptions, sites: bool = False) -> tuple[Block, ...]:
+    """Partition the latents; with ``sites``, long Normal vectors in plates get these where they can have them.
 
     Raises:
         UnsupportedError: a latent has no proposal.
@@ -169,8 +175,68 @@ def make_blocks(graph: Graph, options: ParticleOptions) -> tuple[Block, ...]:
     groups = named_groups(graph, members, options, asked)
     blocks = [_block(graph, [members[n] for n in g], asked) for g in groups]
     made = tuple(blocks + fixed)
+    made = with_sites(graph, made, options, asked) if sites else made
+    made = tuple(_spread(b, options) for b in made)
     check_order(graph, made)
     return made
+
+
+def _spread(block: Block, options: ParticleOptions) -> Block:
+    """The block, whose particles are spread evenly where that is asked for; forms that are given others draw one by one."""
+    own = not block.enumerated and (block.form is None or isinstance(block.form, GaussMarkov))
+    return replace(block, stratified=True) if own and options.stratifies(block.plates) else block
+
+
+def with_sites(
+    graph: Graph, blocks: tuple[Block, ...], options: ParticleOptions, asked: Mapping[str, Asked]
+) -> tuple[Block, ...]:
+    """The blocks with sites for long Normal vectors in plates that nothing was asked of, where these can have them."""
+    found: list[Block] = []
+    above: set[str] = set()
+    for block in blocks:
+        long = block.plates and block.dims > options.joint_limit(block.plates)
+        if long and block.form is None and not set(block.names) & set(asked):
+            reads = read_latents(Sites(), graph, block.names)
+            new = replace(
+                block,
+                form=Sites(),
+                reads=reads,
+                members=tuple(replace(m, transform=None) for m in block.members),
+            )
+            if not lacks(graph, new, blocks):
+                block = new
+                above |= set(reads)
+        found.append(block)
+    return tuple(
+        replace(b, form=Skewed()) if above & set(b.names) and b.gaussian == b.members else b
+        for b in found
+    )
+
+
+def lacks(graph: Graph, block: Block, blocks: Sequence[Block]) -> str:
+    """Why a block cannot have sites, in words; empty if it can."""
+    if len(block.members) != 1 or block.tied or block.chain or block.members[0].collapsed:
+        return "sites are those of one latent, element by element, not tied and no chain."
+    name, law = block.names[0], graph.factors[block.names[0]].law
+    if law is None or type(law.family) is not Normal:
+        return f"'{name}' has no Normal law."
+    if graph.role("param"):
+        return "the model has params, which are learned from the factors of all laws."
+    parents = [b for b in blocks if set(b.names) & set(block.reads)]
+    if len(parents) != 1 or parents[0].enumerated or parents[0].reads or parents[0].chain:
+        return f"the latents that '{name}' depends on are not one block with a Gaussian proposal. Group them: groups=[...]."
+    if not set(parents[0].plates) < graph.closure(block.plates) or parents[0].members[0].collapsed:
+        return f"{', '.join(parents[0].names)} do not lie outside the plates of '{name}'."
+    near = {name, *parents[0].names}
+    for factor in graph.densities:
+        scope = variables_of(graph, factor)
+        if factor.name == name or name not in scope:
+            continue
+        role = graph.variables[factor.name].role if factor.name in graph.variables else "factor"
+        latents = {n for n in scope if graph.variables[n].role == "latent"}
+        if role != "observed" or factor.chain or not latents <= near:
+            return f"'{factor.name}' is not an observation of '{name}' and of what it depends on alone."
+    return ""
 
 
 def _as_path(graph: Graph, member: Member, plate: str) -> Member:
@@ -235,6 +301,8 @@ def check_order(graph: Graph, blocks: Sequence[Block]) -> tuple[Block, ...]:
                 )
         parents = [b for b in blocks if set(b.names) & set(block.reads)]
         _check_parents(graph, block, parents)
+        if isinstance(block.form, Sites) and (why := lacks(graph, block, blocks)):
+            raise ModelError(f"q=...: {', '.join(block.names)}: Sites(): {why}")
         nested.check(block, parents, [b for b in blocks if set(b.reads) & set(block.names)])
     return tuple(ordered)
 
@@ -296,12 +364,12 @@ def _member(graph: Graph, v: Variable, crossed: frozenset[str], asked: Asked | N
     collapsed = tuple(p for p in v.plates if p in crossed)
     sizes = tuple(graph.plates[p].size or 2 for p in collapsed)
     form = asked.form if asked else None
-    if isinstance(form, (Prior, Tilted, Table)) and collapsed:
+    if isinstance(form, (Prior, Tilted, Sites, Table)) and collapsed:
         raise UnsupportedError(
             f"q={{'{v.name}': {type(form).__name__}(...)}}: '{v.name}' is read across its plate {list(collapsed)}, so all of "
             "that plate shares one particle. Use LinearGaussian, or no form."
         )
-    if isinstance(form, (Prior, Tilted)):
+    if isinstance(form, (Tilted, Sites)) or (isinstance(form, Prior) and form.takes(v.name)):
         return Member(v, collapsed, sizes, None)
     override = asked.family if asked else None
     family, start = _family(

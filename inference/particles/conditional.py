@@ -7,9 +7,28 @@ from typing import Any
 
 from torch import Tensor
 
-from ppl.inference.particles import linear, moments, paths, proposals, tables, tilted
+from ppl.inference.particles import (
+    linear,
+    mirrored,
+    moments,
+    paths,
+    proposals,
+    sites,
+    skewed,
+    tables,
+    tilted,
+)
 from ppl.inference.particles.blocks import Block
-from ppl.inference.particles.forms import GaussMarkov, LinearGaussian, Prior, Table, Tilted
+from ppl.inference.particles.forms import (
+    GaussMarkov,
+    LinearGaussian,
+    Mirrored,
+    Prior,
+    Sites,
+    Skewed,
+    Table,
+    Tilted,
+)
 from ppl.inference.particles.parents import Others, parent_blocks
 from ppl.inference.particles.proposals import Particles, Proposal
 from ppl.inference.particles.weighting import Weighting
@@ -21,12 +40,18 @@ _DRAW: dict[type, Callable[..., Particles]] = {
     Tilted: tilted.draw,
     GaussMarkov: paths.draw,
     Prior: tilted.draw_prior,
+    Mirrored: mirrored.draw,
+    Sites: sites.draw,
+    Skewed: skewed.draw,
 }
 _UPDATE: dict[type, Callable[..., Proposal]] = {
     LinearGaussian: linear.update,
     Table: tables.update,
     Tilted: tilted.update,
+    Sites: sites.update,
+    Skewed: skewed.update,
     GaussMarkov: paths.update,
+    Mirrored: mirrored.update,
 }
 
 
@@ -75,7 +100,7 @@ def update_all(
         if b.enumerated:
             continue
         old = states[b.axis]
-        if b.form is None:
+        if b.form is None or (isinstance(b.form, Prior) and old.joint is not None):
             new[b.axis] = moments.update(
                 b, old, drawn[b.axis], weights.marginals[b.axis], step, corrected, follows
             )

@@ -33,10 +33,11 @@ _WORTHWHILE = 0.7  # share of distinct rows up to which copies are counted
 _MOST_ENTRIES = 1 << 24  # of the table whose distinct rows are looked for
 
 
-def is_coin(c: Compiler, factor: Factor, law: Law) -> bool:
-    """Whether a factor is the law of a latent that is zero or one, given its log-odds."""
+def is_coin(c: Compiler, factor: Factor, law: Law, observed: bool = False) -> bool:
+    """Whether a factor is the law of a latent that is zero or one, given its log-odds; or of data without gaps."""
+    role = c.graph.variables[factor.name].role
     return (
-        c.graph.variables[factor.name].role == "latent"
+        (role == "latent" or (observed and role == "observed" and factor.name not in c.masks))
         and not c.graph.variables[factor.name].event_shape
         and type(law.family) is Bernoulli
         and law.family.leaves()[0].path == "logits"

@@ -11,6 +11,7 @@ from ppl.backend import Settings
 from ppl.binding import Bound
 from ppl.errors import ModelError
 from ppl.inference.particles.blocks import Block
+from ppl.inference.particles.forms import Sites
 from ppl.inference.particles.options import ParticleOptions
 from ppl.inference.particles.weighting import (
     DEFAULT_MEMORY,
@@ -28,6 +29,9 @@ _PER_SCALAR = 8  # particles of a joint Gaussian outside plates, where they cost
 _PER_PATH = 5  # particles of a block with a whole path, for each of its scalars
 _NESTED = 6  # particles for each one of the parents
 _NESTED_LAST = 20
+_SITES = 4  # the same of sites, which are near the posterior
+_SITES_LAST = (56, 28, 14)  # as many as fit
+_SHARING = 100  # particles of the parents in one replicate
 _TOLERABLE = 20_000_000  # entries of the largest array, about a second an iteration
 # Particles in plates, and outside for each scalar, that are tried in turn where that is exceeded.
 _SCARCE = ((10, 4), (6, 4), (6, 3), (4, 3))
@@ -69,7 +73,7 @@ def particle_counts(
             usual = max(count, min(_PER_SCALAR * b.dims, 1000)) if joint else count
             if any(m.path for m in b.members):
                 usual = max(count, _PER_PATH * b.dims)
-            usual = _NESTED if b.is_nested else usual
+            usual = _nested(b, usual)
             sizes[b.axis] = values_of(b) if b.enumerated else own[0] if own else default or usual
         limit = _COMFORTABLE * (1 if count > 30 else 20)
         if settings.memory is not None:
@@ -77,6 +81,13 @@ def particle_counts(
         if default is not None or largest(bound, blocks, sizes) <= limit:
             return sizes
     return _few(bound, blocks, sizes, named)
+
+
+def _nested(block: Block, usual: int) -> int:
+    """Particles of a block: of a nested one, for each of the parents'."""
+    if not block.is_nested:
+        return usual
+    return _SITES if isinstance(block.form, Sites) else _NESTED
 
 
 def _few(
@@ -105,13 +116,15 @@ def final_counts(
     """
     blocks = weighting.blocks
     budget = min(_AMPLE, (memory or DEFAULT_MEMORY) // 64)
+    if any(isinstance(b.form, Sites) for b in blocks) and not options.final_particles:
+        return _final_with_sites(weighting, budget)
     for count in (options.final_particles,) if options.final_particles else _COUNTS:
         many = max((b.dims for b in blocks if not b.plates), default=0) > options.joint_up_to
         inner = count if options.final_particles or many else min(4 * count, _COUNTS[0])
         sizes = {
             b.axis: values_of(b)
             if b.enumerated
-            else _NESTED_LAST
+            else (weighting.sizes[b.axis] if options.final_particles else _NESTED_LAST)
             if b.is_nested
             else inner
             if b.plates
@@ -120,6 +133,24 @@ def final_counts(
         }
         if options.final_particles or largest(weighting.bound, blocks, sizes) <= budget:
             return sizes
+    return {b.axis: weighting.sizes[b.axis] for b in blocks}
+
+
+def _final_with_sites(weighting: Weighting, budget: int) -> dict[str, int]:
+    """Particles of the last weighting where some are sites: few, in many replicates, as those of one share their noise."""
+    blocks = weighting.blocks
+    for count in (c for c in _COUNTS if c <= _SHARING):
+        for own in _SITES_LAST:
+            sizes = {
+                b.axis: values_of(b)
+                if b.enumerated
+                else (own if isinstance(b.form, Sites) else _NESTED_LAST)
+                if b.is_nested
+                else count
+                for b in blocks
+            }
+            if largest(weighting.bound, blocks, sizes) <= budget:
+                return sizes
     return {b.axis: weighting.sizes[b.axis] for b in blocks}
 
 

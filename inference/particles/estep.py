@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ppl.inference.contract import LogFactor
+from ppl.inference.logspace import sum_of_few
 from ppl.inference.particles import conditional, nested
 from ppl.inference.particles.approximation import Approximation, param_value
+from ppl.inference.particles.forms import Prior
 from ppl.inference.particles.parents import Others
 from ppl.inference.particles.problem import Problem
 from ppl.inference.particles.proposals import Particles
@@ -23,12 +26,25 @@ from ppl.inference.particles.weighting import Weighting, evaluate, evaluate_part
 from ppl.streams import Streams
 
 
-class Weights(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Weights:
     """Result of an E-step."""
 
     log_z: Tensor  # [*restart]
     marginals: dict[str, Tensor]  # particle axis -> [*restart, *plates, K]
-    joint: dict[tuple[str, str], Tensor] = {}  # pairs that proposals learn from, [..., K, K']
+    # Of pairs that proposals learn from, [..., K, K'].
+    joint: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    _sizes: dict[str, float] = field(default_factory=dict, repr=False)
+
+    def effective(self, axis: str) -> float:
+        """Effective number of a block's particles, median over its elements; NaN where a weight is not finite."""
+        if axis not in self._sizes:
+            each = sum_of_few(self.marginals[axis].square(), -1).reciprocal_()
+            typical = float(each.median())
+            # Zero and NaN are what weights leave that are not finite.
+            fine = typical > 0 if each.ndim == 0 else float(each.min()) > 0
+            self._sizes[axis] = typical if fine else math.nan
+        return self._sizes[axis]
 
 
 def draw_all(
@@ -177,7 +193,8 @@ def weigh(
     enumerated latents where no proposal learns from them.
     """
     blocks = at.weighting.blocks
-    needed = enumerated or any(b.form or b.tied for b in blocks)
+    given = {n for b in blocks for n in b.reads if not isinstance(b.form, Prior)}
+    needed = enumerated or any(b.enumerated and given & set(b.names) for b in blocks)
     only = None if needed else frozenset(b.axis for b in blocks if not b.enumerated)
     wanted = conditional.needed_pairs(at.weighting.blocks) if pairs is None else tuple(pairs)
     own = nested.pairs(blocks)

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch.distributions import constraints
+
 from ppl.errors import ModelError, nearest
 from ppl.graph import Graph, Variable
 
@@ -22,15 +24,43 @@ Index = Literal["permutation", "categorical", "nested"]
 
 @dataclass(frozen=True)
 class Prior:
-    """The latent's own law given particles of its parents; nothing is learned.
+    """The latent's own law given particles of its parents; nothing is learned of it.
 
     Args:
         index: how a particle finds its parents, by a random ``"permutation"`` of them or independently
             (``"categorical"``); drawn anew for every plate element. ``"nested"``: every particle of the parents has particles of
             its own, as many as ``particles`` says of the latent; parents in one block.
+        of: those latents of the block that are proposed so; the others share a Gaussian. All by default.
     """
 
     index: Index = "permutation"
+    of: str | tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.of, str):
+            object.__setattr__(self, "of", (self.of,))
+
+    def takes(self, name: str) -> bool:
+        """Whether a latent of the block is proposed by its own law."""
+        return self.of is None or name in self.of
+
+
+@dataclass(frozen=True)
+class Mirrored:
+    """A Gaussian on the unconstrained scale and its reflection, half each: for latents whose sign the model does not know.
+
+    Args:
+        flips: the latents of the block whose sign the reflection changes; they take all real values.
+    """
+
+    flips: str | tuple[str, ...]
+    index: Index = "permutation"
+
+    def __post_init__(self) -> None:
+        flips = (self.flips,) if isinstance(self.flips, str) else tuple(self.flips)
+        object.__setattr__(self, "flips", flips)
+        if not flips:
+            raise ModelError("Mirrored(flips=...): expected at least one latent, got none.")
 
 
 @dataclass(frozen=True)
@@ -46,6 +76,22 @@ class Tilted:
     """
 
     index: Index = "permutation"
+
+
+@dataclass(frozen=True)
+class Sites:
+    """A Normal vector in a plate given its parents, times a Gaussian site of low rank for every element.
+
+    ``q(z | u)`` proportional to ``p(z | u) exp(r . z - z' L z / 2)``, nested in the particles of the parents' block, with ``r``
+    and ``L`` where Newton's method in expectation puts them ([Opper2009], [Khan2017]). It uses derivatives of the log-likelihood;
+    no other form does. Its children are observed, and one element's children read no other element. Long vectors in plates get
+    it without being asked.
+
+    Args:
+        index: always ``"nested"``.
+    """
+
+    index: Index = "nested"
 
 
 @dataclass(frozen=True)
@@ -105,7 +151,20 @@ class GaussMarkov:
     index: Index = "permutation"
 
 
-Form = Prior | Tilted | LinearGaussian | Table | GaussMarkov
+@dataclass(frozen=True)
+class Skewed:
+    """A joint Gaussian whose marginals are skewed by the sinh-arcsinh map, matched to three moments.
+
+    Blocks that long vectors with sites are nested in get it without being asked.
+
+    Args:
+        index: has no meaning here: the proposal reads no other latent.
+    """
+
+    index: Index = "permutation"
+
+
+Form = Prior | Mirrored | Tilted | Sites | Skewed | LinearGaussian | Table | GaussMarkov
 
 
 # Families that can be tilted, and the sign that each natural parameter must keep (0: any real number).
@@ -157,18 +216,15 @@ def read_forms(q: Mapping[Any, Any] | None, graph: Graph) -> dict[str, Asked]:
 
 
 def _asked(names: tuple[str, ...], value: Any) -> Asked:
-    if isinstance(value, type) and issubclass(value, (Prior, Tilted, Tied)):
+    if isinstance(value, type) and issubclass(value, (Prior, Tilted, Sites, Tied)):
         value = value()
     tied, value = (value, value.form) if isinstance(value, Tied) else (None, value)
     if isinstance(value, Tied):
         raise ModelError(f"q={{{names}: Tied(Tied(...))}}: one Tied is enough; give it over=...")
     if not isinstance(value, Form):
         return Asked(names, None, tied, value)
-    known = (
-        "permutation",
-        "categorical",
-        *(("nested",) if isinstance(value, (Prior, Tilted)) else ()),
-    )
+    own = ("nested",) if isinstance(value, (Prior, Tilted, Sites)) else ()
+    known = own if isinstance(value, Sites) else ("permutation", "categorical", *own)
     if value.index not in known:
         raise ModelError(
             f"q={{{names}: {value}}}: index: expected {' or '.join(map(repr, known))}, got {value.index!r}."
@@ -179,14 +235,15 @@ def _asked(names: tuple[str, ...], value: Any) -> Asked:
 
 def read_latents(form: Form | None, graph: Graph, names: tuple[str, ...]) -> tuple[str, ...]:
     """The latents that proposals of this form read, for a block of the latents ``names``."""
-    if form is None:
+    if form is None or isinstance(form, (Mirrored, Skewed)):
         return ()
     if isinstance(form, LinearGaussian):
         read = tuple(form.given)
     elif isinstance(form, Table):
         read = (form.given,)
     else:
-        around = (p for n in names for p in graph.parents(n))
+        own = [n for n in names if not isinstance(form, Prior) or form.takes(n)]
+        around = (p for n in own for p in graph.parents(n))
         read = tuple(dict.fromkeys(p for p in around if _is_latent(graph, p)))
     for name in read:
         if not _is_latent(graph, name):
@@ -207,6 +264,20 @@ def check_form(
         ModelError: with the remedy.
     """
     names = tuple(v.name for v in variables)
+    named = form.flips if isinstance(form, Mirrored) else getattr(form, "of", None) or ()
+    stray = [n for n in named if n not in names]
+    if stray:
+        raise ModelError(
+            f"q={{{_shown(names)}: {form}}}: '{stray[0]}' is not in the block.{nearest(stray[0], names)} Its latents: "
+            f"{', '.join(names)}."
+        )
+    flips = form.flips if isinstance(form, Mirrored) else ()
+    for v in variables if flips else ():
+        if v.is_discrete or (v.name in flips and not _is_real(v)):
+            raise ModelError(
+                f"q={{{_shown(names)}: {form}}}: '{v.name}' does not take all real values, so it has no other sign. "
+                "Leave it out of flips=, or out of the block."
+            )
     for v in variables if isinstance(form, Tilted) else ():
         law = graph.factors[v.name].law
         family = type(law.family).__name__ if law is not None else "no law"
@@ -232,6 +303,10 @@ def check_form(
         raise ModelError(
             f"q={{{_shown(names)}: {form}}}: a discrete latent has no Gaussian proposal. Use Table, Tilted or Prior."
         )
+
+
+def _is_real(v: Variable) -> bool:
+    return getattr(v.support, "base_constraint", v.support) is constraints.real
 
 
 def _is_latent(graph: Graph, name: str) -> bool:

@@ -13,7 +13,7 @@ from ppl.distributions import Distribution
 from ppl.errors import UnsupportedError
 from ppl.graph import Factor, Variable
 from ppl.inference.particles.blocks import RESTART, Block, Member
-from ppl.inference.particles.forms import Prior, Tilted
+from ppl.inference.particles.forms import Prior, Sites, Tilted
 from ppl.lower import Compiler
 from ppl.lowered import Lowered, Operand, map_name
 
@@ -29,6 +29,9 @@ class LoweredLaw:
     density: Lowered  # at every particle of the latent too
     shape: tuple[int, ...]  # [*restart, *plates]
     combinations: tuple[int, ...]  # particles of every parent
+    likelihood: Lowered | None = (
+        None  # of sites: log-densities of the children at points of their own
+    )
 
     def at(self, arrays: Mapping[str, Tensor]) -> Distribution:
         """The law with parameters ``[*restart, *plates, combinations, *event]``."""
@@ -65,7 +68,7 @@ def lower_laws(
     return {
         m.name: _lower(bound, blocks, block, m, axes, sizes, restarts)
         for block in blocks
-        if isinstance(block.form, (Prior, Tilted))
+        if isinstance(block.form, (Prior, Tilted, Sites))
         for m in block.members
     }
 
@@ -107,7 +110,32 @@ def _lower(
         held[1],
         shape,
         tuple(sizes[a] for a in parents),
+        _likelihood(bound, blocks, block, axes, lead) if isinstance(block.form, Sites) else None,
     )
+
+
+def _likelihood(
+    bound: Bound,
+    blocks: Sequence[Block],
+    block: Block,
+    axes: Mapping[str, tuple[str, ...]],
+    lead: tuple[str, ...],
+) -> Lowered:
+    """Log-densities of a latent's children where it and its parents have points ``[*lead, *plates, points]`` of their own."""
+    graph = bound.graph
+    points = (*lead, *block.plates, block.axis)
+    near = {n for b in blocks if set(b.names) & set(block.reads) for n in b.names}
+    moved = {**axes, **dict.fromkeys((*block.names, *near), points)}
+    order = (*lead, *graph.plates, block.axis)
+    made = Compiler(
+        graph, moved, order, dtype=bound.dtype, device=bound.device, masks=tuple(bound.masks)
+    )
+    (name,) = block.names
+    outputs = [made.density(f) for f in graph.densities if f.name != name and name in f.scope]
+    static = dict(bound.values) | {map_name(*key): m for key, m in bound.maps.items()}
+    static |= {name + "@mask": mask for name, mask in bound.masks.items()}
+    done = made.finish(outputs).pruned()
+    return done.given({k: v for k, v in static.items() if k in done.inputs})
 
 
 def check_law(factor: Factor, block: Block) -> None:

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from ppl.inference.logspace import sum_of_few
 from ppl.inference.numerics.expfam import FAMILIES
 from ppl.inference.numerics.linalg import weighted_moments
 from ppl.inference.particles.blocks import Block, Member
@@ -67,7 +68,7 @@ def update(
             old, values = state.families[member.name], particles.values[member.name]
             new_mean = tie_family(member, family_moments(member, values, safe), dims, shares)
             families[member.name] = average_family(member, old, new_mean, step, good)
-    return Proposal(joint, families)
+    return Proposal(joint, families, skew=state.skew)
 
 
 def _affordable(
@@ -213,8 +214,8 @@ def joint_moments(joint: Joint, free: Tensor, weights: Tensor) -> Joint:
     if joint.is_full:
         return Joint(*weighted_moments(free, weights))
     w = weights.unsqueeze(-1)
-    mean = (w * free).sum(-2)
-    return Joint(mean, (free - mean.unsqueeze(-2)).square_().mul_(w).sum(-2))
+    mean = sum_of_few(w * free, -2)
+    return Joint(mean, sum_of_few((free - mean.unsqueeze(-2)).square_().mul_(w), -2))
 
 
 def _corrected(new: Joint, weights: Tensor) -> Joint:

@@ -28,8 +28,8 @@ class ParticleOptions:
         q: how a latent is proposed, or a tuple of latents as one block: a family (``"Gamma"``, a class, or a law with start
             values; ``MultivariateNormal`` for a joint block), or a form of ``ppl.inference.particles``: ``Prior()`` (its own
             law), ``Tilted()`` (its own law, tilted towards the posterior), ``LinearGaussian(given=...)``,
-            ``Table(given=...)`` for a discrete parent, ``Tied(...)`` (one proposal for a whole plate). A discrete latent
-            that is named here is sampled, not enumerated.
+            ``Table(given=...)`` for a discrete parent, ``Mirrored(flips=...)`` (both signs of these latents), ``Tied(...)`` (one
+            proposal for a whole plate). A discrete latent that is named here is sampled, not enumerated.
         start: moments of the ``"prior"``, ``"standard"`` Normals on the unconstrained scale, or the result of another method
             that fits the model cheaply, ``"laplace"`` or ``"gbp"``; latents in spreads are then set to the mode of their
             marginal posterior. ``"auto"``, the default of qem: the prior, or laplace where it fits the model and a
@@ -62,10 +62,19 @@ class ParticleOptions:
     replicates: int | None = None
     chains: Literal["auto", "scan", "tree"] = "auto"
 
+    @property
+    def wants_sites(self) -> bool:
+        """Whether long Normal vectors in plates get sites without being asked; a method that learns them may say yes."""
+        return False
+
     def joint_limit(self, plates: Sequence[str], has_path: bool = False) -> int:
         """Largest number of scalars of a joint Gaussian in these plates; outside all plates one costs next to nothing."""
         limit = max(self.joint_up_to, 0) * (1 if plates else _OUTSIDE)
         return limit + self.paths_up_to if has_path else limit
+
+    def stratifies(self, plates: Sequence[str]) -> bool:
+        """Whether particles in these plates are spread evenly instead of drawn one by one."""
+        return False
 
     def __post_init__(self) -> None:
         name = type(self).__name__

@@ -40,6 +40,7 @@ class Setting:
     rows: dict[tuple[str, str, bool], Rows | None] = field(default_factory=dict)
     arrays: dict[str, tuple[tuple[str, ...], Tensor]] = field(default_factory=dict)  # inputs added
     apart: str | None = None  # a plate that is never summed beforehand: only some elements are here
+    coins: bool = False  # whether observed zeros and ones are taken as such without a look
 
 
 @dataclass(eq=False)

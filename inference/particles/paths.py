@@ -59,7 +59,7 @@ def draw(
     time = time_of(others, block)
     law = transition(state.joint, time)
     shape = (*law.mean.shape[:-1], k, law.mean.shape[-1])
-    noise = draw_noise(shape, law.mean, streams.of(block.axis), tails)
+    noise = draw_noise(shape, law.mean, streams.of(block.axis), tails, block.stratified)
     free = draw_paths(law, noise, time)
     values, log_jacobian = to_values(block, free)
     return Particles(values, log_density(law, free, time, tails) - log_jacobian, free)

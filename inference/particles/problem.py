@@ -16,7 +16,8 @@ from ppl.errors import UnsupportedError
 from ppl.graph import Graph
 from ppl.inference.contract import suggest_groups
 from ppl.inference.particles.blocks import Block, make_blocks, merge_blocks
-from ppl.inference.particles.counts import particle_counts
+from ppl.inference.particles.counts import largest, particle_counts
+from ppl.inference.particles.forms import Sites
 from ppl.inference.particles.memory import (
     Largest,
     default_memory,
@@ -35,8 +36,9 @@ from ppl.inference.particles.weighting import (
     plan_of,
 )
 
+_LARGE = 20_000_000  # entries of the largest array up to which sites come by themselves
 _MOST = 100_000  # unknown scalars up to which another method is a cheap start
-_ROWS = 5_000  # observed numbers up to which it is
+_ROWS = 20_000  # observed numbers up to which it is
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,10 +91,9 @@ def prepare_particles(
     batches = batches_of(bound, settings.minibatch, settings.streams)
     if not may_start_cheaply(bound, options, settings):  # the prior says too little of whole paths
         options = replace(options, paths_up_to=0)
-    blocks = make_blocks(bound.graph, options)
     restarts = settings.restarts if settings.restarts > 1 else 0
     seen = bound if batches is None else bound.narrowed(batches.part(0).rows)
-    sizes = particle_counts(seen, blocks, options, settings)
+    blocks, sizes = _blocks(seen, options, settings)
     try:
         weighting = make_weighting(bound, blocks, sizes, restarts, settings.memory, options.chains)
     except UnsupportedError as error:
@@ -103,6 +104,21 @@ def prepare_particles(
         except UnsupportedError:
             raise UnsupportedError(f"{error} Sharing of indices was tried.") from None
     return Problem(bound, options, settings, weighting, max_iters)
+
+
+def _blocks(
+    bound: Bound, options: ParticleOptions, settings: Settings
+) -> tuple[tuple[Block, ...], dict[str, int]]:
+    """Blocks and particle counts, with sites where they are wanted and what they make stays small."""
+    if options.wants_sites and settings.minibatch is None:
+        blocks = make_blocks(bound.graph, options, sites=True)
+        if any(isinstance(b.form, Sites) for b in blocks):
+            sizes = particle_counts(bound, blocks, options, settings)
+            budget = min(_LARGE, (settings.memory or default_memory(bound.device)) // 64)
+            if largest(bound, blocks, sizes) * max(settings.restarts, 1) <= budget:
+                return blocks, sizes
+    blocks = make_blocks(bound.graph, options)
+    return blocks, particle_counts(bound, blocks, options, settings)
 
 
 def may_start_cheaply(bound: Bound, options: ParticleOptions, settings: Settings) -> bool:
@@ -149,12 +165,19 @@ def describe(bound: Bound, options: ParticleOptions, settings: Settings) -> str:
     """
     weighting = prepare_particles(bound, options, settings, 1).weighting
     blocks, sizes, plan = weighting.blocks, weighting.sizes, weighting.plan
-    text = ", ".join(
-        f"{'+'.join(b.names)} ({'all' if b.enumerated else sizes[b.axis]})" for b in blocks
-    )
+    text = ", ".join(f"{'+'.join(b.names)} ({_told(b, sizes[b.axis])})" for b in blocks)
     arrays = factor_arrays(bound, blocks, weighting.terms, sizes)
     axes, elements, size = plan.largest
     most = max([*arrays, Largest("a sum of factors", axes, elements, size)], key=lambda a: a.bytes)
     parts = f", plate {plan.split} in {len(plan.parts)} parts" if plan.split else ""
     work = f"about {plan.flops:.1g} operations an iteration"
     return f"particles of {text}; largest array: {most}{parts}; {work}"
+
+
+def _told(block: Block, count: int) -> str:
+    """Particles of a block, in words."""
+    return (
+        "all"
+        if block.enumerated
+        else f"{count}{' each, by sites' if isinstance(block.form, Sites) else ''}"
+    )

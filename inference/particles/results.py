@@ -19,6 +19,7 @@ from ppl import marginals as mg
 from ppl.backend import Settings
 from ppl.diagnostics import Diagnostics, tail_index
 from ppl.errors import NumericalError, UnsupportedError
+from ppl.inference.particles import picked
 from ppl.inference.particles.approximation import Approximation, Learned, param_value
 from ppl.inference.particles.blocks import Block, Member, make_blocks
 from ppl.inference.particles.counts import final_counts, particle_counts, replicate_count
@@ -30,6 +31,7 @@ from ppl.inference.particles.estep import (
     evaluated,
     weigh,
 )
+from ppl.inference.particles.forms import Sites
 from ppl.inference.particles.large import (
     REPLICATES,
     Running,
@@ -85,6 +87,8 @@ def posterior(
         [counts[b.axis] for b in problem.blocks if not (b.enumerated or b.is_nested)],
     )
     number, running = _kept(problem, weighting, number)
+    above = picked.parent(weighting)
+    chosen = chosen if above is None else picked.widened(chosen, above)
     replicates = [_replicate(problem, weighting, chosen, i, running) for i in range(number)]
     log_z = torch.stack([r.log_z for r in replicates])
     if bool(log_z.isnan().any()) or not bool(log_z.isfinite().any()):
@@ -97,10 +101,12 @@ def posterior(
         warnings = (*warnings, *_missed(problem, weighting, chosen, log_z))
     diagnostics = _diagnostics(weighting, marginals, agreement, iterations, warnings, running)
     exponents = Exponents()
-    if running is None and min(_effective(weighting, marginals)) < _FEW:
-        exponents, softened, marginals = _softened(problem, weighting, chosen, replicates)
+    if running is None and min(_effective(weighting, marginals)) < _enough(above):
+        soften = _softened if above is None else _raised
+        exponents, softened, marginals = soften(problem, weighting, chosen, replicates)
         shares = _shares(softened)
         diagnostics = _with_exponents(diagnostics, exponents)
+        replicates = replicates if above is None else softened
     params = {
         n: param_value(problem.bound.graph.variables[n], p.free) for n, p in chosen.params.items()
     }
@@ -185,6 +191,9 @@ def _replicate(
     weights = weigh(here, last=True, pairs=())
     log_z = weights.log_z.detach()
     marginals = {a: w.detach() for a, w in weights.marginals.items()}
+    above = picked.parent(weighting)
+    if above is not None:
+        particles, marginals = picked.kept(weighting, above, particles, marginals, streams)
     if running is not None and isinstance(particles, PartDraws):
         running.add(particles, log_z, marginals)
         marginals = {a: w for a, w in marginals.items() if a not in running.squares}
@@ -198,12 +207,16 @@ def _missed(
 
     Weights of fitted proposals cannot show it, for no particle lies there.
     """
-    if sum(b.dims for b in weighting.blocks) > _SEARCHED:
+    # Particles that share their noise do not show it by their number.
+    if sum(b.dims for b in weighting.blocks) > _SEARCHED or picked.parent(weighting) is not None:
         return ()
     options = replace(problem.options, start="prior")
     first = first_approximation(replace(problem, weighting=weighting, options=options))
     wide = Approximation(first.proposals, q.params)
-    found = _replicate(problem, weighting, wide, -1, None)
+    try:
+        found = _replicate(problem, weighting, wide, -1, None)
+    except NumericalError:  # too far out to be weighed, so nothing is there
+        return ()
     ess = min(
         (float((1 / w.square().sum(-1)).median()) for w in found.marginals.values()), default=0.0
     )
@@ -247,6 +260,27 @@ def _softened(
             return exponents, made, marginals
         within = exponents.within / (_FINER if effective[1] < _FEW else 1.0)
         exponents = Exponents(min(exponents.outside / _FINER, within), within)
+
+
+def _enough(above: Block | None) -> int:
+    """Effective particles from which the last weights stay as they are."""
+    return _FEW if above is None else max(_FEW, picked.enough(above))
+
+
+def _raised(
+    problem: Problem, weighting: Weighting, q: Approximation, replicates: Sequence[Replicate]
+) -> tuple[Exponents, list[Replicate], dict[str, Marginal]]:
+    """:func:`_softened` where one block's weights decide."""
+    above = picked.parent(weighting)
+    assert above is not None
+    log_z = torch.stack([r.log_z for r in replicates])
+    weights = [r.marginals[above.axis] for r in replicates]
+    power = picked.exponent(log_z, weights, _enough(above))
+    made = [
+        Replicate(r.particles, *picked.raised(r.log_z, above, r.marginals, power))
+        for r in replicates
+    ]
+    return Exponents(power, 1.0), made, _marginals(weighting, made, _shares(made), None)
 
 
 def _reweighed(
@@ -390,6 +424,14 @@ def _diagnostics(
             ess[name] = 1.0 / m.weights.square().sum(0)
             tails[name] = tail_index(m.weights.movedim(0, -1))
     notes: dict[str, object] = {"plan": str(weighting.plan), "particles": dict(weighting.sizes)}
+    made = [
+        f"{n} given {', '.join(b.reads)}"
+        for b in weighting.blocks
+        for n in b.names
+        if isinstance(b.form, Sites)
+    ]
+    if made:
+        notes["sites"] = "; ".join(made)
     if agreement:
         notes["restarts"] = agreement
     return Diagnostics(ess, tails, True, iterations, 0.0, warnings, notes)
@@ -432,6 +474,9 @@ def _draw_from(
     generator: torch.Generator,
     exponents: Exponents,
 ) -> dict[str, Tensor]:
+    above = picked.parent(weighting)
+    if above is not None:
+        return _together(weighting, above, r, n, generator)
     with torch.no_grad():
         factors = evaluated(problem, weighting, r.particles, q).factors(*exponents)
         power = exponents.outside / exponents.within
@@ -440,8 +485,8 @@ def _draw_from(
     blocks: Sequence[Block] = weighting.blocks
     if isinstance(r.particles, PartDraws):
         budget = problem.settings.memory or DEFAULT_MEMORY
-        picked = picked_in_parts(r.particles, indices, budget)
-        drawn = in_variable_order(picked, r.particles.inner)
+        found = picked_in_parts(r.particles, indices, budget)
+        drawn = in_variable_order(found, r.particles.inner)
         blocks = [b for b in blocks if b.enumerated or b not in r.particles.inner]
     for block in blocks:
         index = indices[block.axis]  # [n, *plates in the order of the graph]
@@ -454,6 +499,22 @@ def _draw_from(
             else:
                 value = r.particles[block.axis].values[member.name]
                 drawn[member.name] = _picked(value, index, block, member)
+    return drawn
+
+
+def _together(
+    weighting: Weighting, above: Block, r: Replicate, n: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Joint draws where each of the parents' particles has one particle of every other block."""
+    weights = r.marginals[above.axis].cpu()
+    chosen = torch.multinomial(weights, n, replacement=True, generator=generator)
+    drawn = {}
+    for block in weighting.blocks:
+        shape = [weighting.bound.size(p) for p in block.plates]
+        index = chosen.to(r.log_z.device).reshape(n, *(1,) * len(shape)).expand(n, *shape)
+        for member in block.members:
+            value = r.particles[block.axis].values[member.name]
+            drawn[member.name] = _picked(value, index, block, member)
     return drawn
 
 

@@ -15,11 +15,20 @@ from ppl.errors import ModelError, UnsupportedError
 from ppl.graph import Variable
 from ppl.inference.numerics.expfam import FAMILIES
 from ppl.inference.numerics.linalg import safe_cholesky
-from ppl.inference.particles import paths, proposals, tilted
+from ppl.inference.particles import mirrored, paths, proposals, sites, skewed, tilted
 from ppl.inference.particles.approximation import Approximation, Learned
 from ppl.inference.particles.blocks import Block, Member, transform_of
 from ppl.inference.particles.cheap import cheap_draws
-from ppl.inference.particles.forms import GaussMarkov, LinearGaussian, Prior, Table, Tilted
+from ppl.inference.particles.forms import (
+    GaussMarkov,
+    LinearGaussian,
+    Mirrored,
+    Prior,
+    Sites,
+    Skewed,
+    Table,
+    Tilted,
+)
 from ppl.inference.particles.memory import default_memory
 from ppl.inference.particles.options import CHEAP
 from ppl.inference.particles.parents import at_plates, free_dims, parent_blocks, read_members
@@ -90,12 +99,15 @@ def _standard_draws(bound: Bound, v: Variable, streams: Streams) -> Tensor:
 
 def _first_proposal(problem: Problem, block: Block, draws: Mapping[str, Tensor]) -> Proposal:
     shape = problem.weighting.block_shape(block)
-    if isinstance(block.form, (Prior, Tilted)):
+    if isinstance(block.form, (Prior, Tilted, Sites)):
         laws = problem.weighting.laws
         families: dict[str, tuple[Tensor, ...]] = {}
         if isinstance(block.form, Tilted):
             families = {n: tilted.start(laws[n], problem.bound) for n in block.names}
-        state = Proposal(None, families)
+        if isinstance(block.form, Sites):
+            families = {n: sites.start(laws[n], problem.bound) for n in block.names}
+        joint = _first_joint(problem, block, draws, shape) if block.gaussian else None
+        state = Proposal(joint, families)
     else:
         families = {
             m.name: _first_family(problem, block, m, draws) for m in block.members if m.family
@@ -104,6 +116,8 @@ def _first_proposal(problem: Problem, block: Block, draws: Mapping[str, Tensor])
         state = Proposal(joint, families)
     if isinstance(block.form, LinearGaussian) and state.joint is not None:
         state = Proposal(_with_given(problem, block, state.joint, draws), {})
+    if isinstance(block.form, Skewed) and state.joint is not None:
+        state = skewed.start(state.joint)
     if isinstance(block.form, GaussMarkov) and state.joint is not None:
         state = Proposal(_path(problem, block, state.joint, draws), {})
     if isinstance(block.form, Table):
@@ -219,6 +233,8 @@ def _first_joint(
         }
         free = proposals.to_free(block, laid, 1 + len(block.plates))
         mean, sd = (part.expand(*shape, -1).clone() for part in robust_moments(free))
+    if isinstance(block.form, Mirrored):
+        mean, sd = mirrored.first_half(block, mean, sd)
     mean, sd = _asked_start(block, mean, sd)
     has_path = any(m.path for m in block.members)
     limit = problem.options.joint_limit(block.plates, has_path)

@@ -44,7 +44,7 @@ def pieces(c: Compiler, factor: Factor, later: bool, setting: Setting) -> list[P
     plate = _closed_plate(c, factor, setting)
     if type(law.family) is Normal:
         return normal(c, factor, law, plate, setting)
-    if is_coin(c, factor, law):
+    if is_coin(c, factor, law, setting.coins):
         return [Piece(coin(c, factor, law), factor.plates)]
     return None if plate is None else counted(c, factor, law, plate, setting)
 

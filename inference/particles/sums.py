@@ -11,9 +11,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 from torch.nn.functional import logsigmoid
 
-from ppl.inference.logspace import wide
+from ppl.inference.logspace import sum_of_few, wide
 
 _CACHE_ELEMENTS = 1 << 17  # entries of an array that stays in a core's cache
 _FEW_ROWS, _PADDED = (
@@ -91,6 +92,11 @@ def centred(parts: Sequence[Tensor], dims: tuple[int, ...]) -> list[Tensor]:
     means = [p.mean(dims, keepdim=True) for p in parts]
     first = parts[0] + sum(means[2:], means[1])
     return [first, *(p - m for p, m in zip(parts[1:], means[1:], strict=True))]
+
+
+def mean(dims: tuple[int, ...], x: Tensor) -> Tensor:
+    """Mean over some dimensions; over one of few entries in a fraction of the time of torch."""
+    return sum_of_few(x, dims[0]) / x.shape[dims[0]] if len(dims) == 1 else x.mean(dims)
 
 
 def normal_from_square(square: Tensor, scale: Tensor, count: Tensor | int) -> Tensor:
@@ -181,7 +187,8 @@ def _log1pexp(x: Tensor) -> Tensor:
 def _is_safe(left: Tensor, right: Tensor, factors: int) -> bool:
     """Whether ``exp(left)``, ``exp(right)`` and the product of so many pairs of them are finite and none of them is lost."""
     limit = 0.45 * math.log(torch.finfo(left.dtype).max) / factors
-    return bool(torch.stack((left.abs().amax(), right.abs().amax())).amax() < limit)
+    most = torch.maximum(vector_norm(left, math.inf), vector_norm(right, math.inf))
+    return bool(most < limit)
 
 
 def _part_of_cells(weights: Tensor, parts: list[Tensor], is_safe: bool) -> Tensor:

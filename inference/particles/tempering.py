@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from ppl.inference.particles import nested
+from ppl.inference.particles import nested, picked
+from ppl.inference.particles.blocks import Block
 from ppl.inference.particles.estep import Evaluated, Weights, weigh
+from ppl.inference.particles.forms import Mirrored, Prior
 from ppl.inference.particles.shards import inner_blocks
 from ppl.inference.particles.weighting import Weighting
 
@@ -41,8 +43,16 @@ def largest_exponents(
         enough: least effective share, see :func:`effective_shares`.
         apart: whether the exponent within plates may be larger than the one outside.
     """
+    above = picked.parent(here.weighting) if apart and first.within == 1.0 else None
+    if above is not None:
+        found = _by_powers(here, above, first.outside, enough)
+        if found is not None:
+            return found
     outside, within = first
+    waits = any(isinstance(b.form, Mirrored) for b in here.weighting.blocks)
     while True:
+        # Of tempered units that have no sign yet those say most whose products are near zero.
+        outside = min(outside, within**2) if waits else outside
         within = within if apart else outside
         weights = weigh(here, outside, inner=within, enumerated=False)
         shares = effective_shares(here.weighting, weights)
@@ -55,10 +65,32 @@ def largest_exponents(
             outside = _lower(outside, min(shares), enough)
 
 
+def _by_powers(
+    here: Evaluated, above: Block, first: float, enough: float
+) -> tuple[Exponents, Weights] | None:
+    """The same where one block's weights decide: those at another exponent are powers of them. None if others are too few."""
+    base = weigh(here, first, inner=1.0, enumerated=False)
+    outside = first
+    while True:
+        marginals = picked.powered(here.weighting, above, base.marginals, outside / first)
+        weights = Weights(base.log_z, marginals, base.joint)
+        shares = effective_shares(here.weighting, weights)
+        if shares[1] < enough or not math.isfinite(float(base.log_z.sum())):
+            return None
+        if shares[0] >= enough or outside < _NONE:
+            return Exponents(outside, 1.0), weights
+        outside = _lower(outside, shares[0], enough)
+
+
 def _lower(exponent: float, share: float, enough: float) -> float:
     """A power of the root of 2 below an exponent that leaves too small an effective share; by a root where it is near."""
     roots = round(2 * math.log2(exponent)) - (2 if share < enough / 2 else 1)
     return 2.0 ** (roots / 2)  # half of them exact, so that doubling leads to 1
+
+
+def _learns_nothing(block: Block) -> bool:
+    """Whether a block's proposal is its law, so that no moments are spoilt by few effective particles."""
+    return isinstance(block.form, Prior) and not block.gaussian
 
 
 def effective_share(weighting: Weighting, weights: Weights) -> float:
@@ -74,14 +106,14 @@ def effective_shares(weighting: Weighting, weights: Weights) -> tuple[float, flo
     least = {False: 1.0, True: 1.0}
     own = inner_blocks(weighting) if weighting.share else ()
     for block in weighting.blocks:
-        if block.enumerated or block in own:
+        if block.enumerated or block in own or _learns_nothing(block):
             continue
         w = weights.marginals[block.axis]
-        k = w.shape[-1]
-        ess = 1.0 / w.square().sum(-1)
-        each = (ess - 1) / max(k - 1, 1)
         if block.is_nested:
             each = nested.share(w, weighting.sizes[block.axis])
-        share = float(each.median()) if bool(w.isfinite().all()) else 0.0
+            share = float(each.median()) if bool(w.isfinite().all()) else 0.0
+        else:
+            share = (weights.effective(block.axis) - 1) / max(w.shape[-1] - 1, 1)
+            share = 0.0 if math.isnan(share) else share
         least[bool(block.plates)] = min(least[bool(block.plates)], share)
     return least[False], least[True]

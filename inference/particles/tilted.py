@@ -18,7 +18,7 @@ from torch.func import grad, jacrev, vmap
 from ppl import distributions
 from ppl.binding import Bound
 from ppl.inference.numerics.expfam import FAMILIES, Family
-from ppl.inference.particles import moments
+from ppl.inference.particles import moments, proposals
 from ppl.inference.particles.blocks import Block
 from ppl.inference.particles.forms import SIGNS
 from ppl.inference.particles.laws import LoweredLaw
@@ -41,9 +41,15 @@ def draw_prior(
     if block.is_nested:
         return _draw_nested(others, block, state, k, streams)
     index = others.maps(block, others.parents(block), k, streams)
-    arrays, values = dict(others.arrays), {}
+    arrays = dict(others.arrays)
+    values: dict[str, Tensor] = {}
+    free, log_joint = None, index.new_zeros((), dtype=others.weighting.bound.dtype)
+    if state.joint is not None:  # of the members that are not proposed by their laws
+        free, log_joint = proposals.draw_gaussian(block, state.joint, k, streams, tails)
+        values, log_jacobian = proposals.to_values(block, free)
+        log_joint = log_joint - log_jacobian
     grid: Tensor | float = 0.0
-    for member in block.members:
+    for member in (m for m in block.members if m not in block.gaussian):
         law = others.weighting.laws[member.name]
         here = law.at(arrays)
         leaves = [_taken(leaf.value, index) for leaf in here.leaves()]
@@ -54,7 +60,7 @@ def draw_prior(
         arrays[member.name] = values[member.name]
         grid = grid + law.log_density(arrays, k)
     assert isinstance(grid, Tensor)
-    return Particles(values, _mean_over(grid), None)
+    return Particles(values, log_joint + _mean_over(grid), free)
 
 
 # ---- the tilted law -----------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from ppl.inference.contract import (
 )
 from ppl.inference.particles import nested
 from ppl.inference.particles.blocks import RESTART, Block, check_order
+from ppl.inference.particles.forms import Sites
 from ppl.inference.particles.laws import LoweredLaw, lower_laws
 from ppl.inference.particles.memory import (
     default_memory,
@@ -92,6 +93,13 @@ class Weighting:
         """By term: whether it is summed within plates, as what is said of a chain's first state is, too."""
         inner = {b.axis for b in self.blocks if b.plates}
         return [bool(t.plates) or not inner.isdisjoint(t.axes) for t in self.terms]
+
+    @cached_property
+    def takes_no_gradients(self) -> bool:
+        """Whether drawing, weighing and averaging are plain operations, so that torch need not prepare for derivatives."""
+        sampled = [b for b in self.blocks if not b.enumerated]
+        plain = all(b.form is None and not any(m.family for m in b.members) for b in sampled)
+        return plain and self.plan.has_rules
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -250,23 +258,25 @@ def lower(
 ) -> _Made:
     """Lower all factors; ``values`` are inputs that never change, ``known`` keeps what was found out about them."""
     lead = (RESTART,) if restarts else ()
-    particle_axes = [b.axis for b in blocks]
     axes = variable_axes(graph, blocks, restarts)
-    particle_axes += [a + "'" for a in particle_axes]
-    first = _particles_first(graph, axes, sizes, plates)
-    behind = (*particle_axes, *graph.plates) if first else (*graph.plates, *particle_axes)
-    order = (*lead, *behind)
+    # Densities of these are relative to their own law, which is no factor then.
+    own = {n for b in blocks if isinstance(b.form, Sites) for n in b.names}
+    first = not own and _particles_first(graph, axes, sizes, plates)
+    order = (*lead, *_order(graph, blocks, first))
 
     def compiler() -> Compiler:
         made = Compiler(graph, axes, order, dtype=dtype, device=device, masks=masks)
         made.paths = frozenset(m.name for b in blocks for m in b.members if m.path)
+        made.is_dense = first
         return made
 
     owners = {b.axis: b.plates for b in blocks}
     all_sizes = {**sizes, **{n: p.size for n, p in plates.items()}, RESTART: max(restarts, 1)}
-    setting = Setting(owners, all_sizes, values, {} if known is None else known, apart=apart)
+    setting = Setting(
+        owners, all_sizes, values, {} if known is None else known, apart=apart, coins=bool(own)
+    )
     terms, outputs, singles, whole = [], [], [], compiler()
-    for factor in graph.densities:
+    for factor in (f for f in graph.densities if f.name not in own):
         for later in (False, True) if factor.chain else (False,):
             made = _pieces(graph, whole, factor, later, setting)
             outputs += [p.out for p in made]
@@ -277,8 +287,8 @@ def lower(
                 singles.append(alone.finish([piece.out]).pruned())
     for b in blocks:
         if not b.enumerated:
-            own = tuple(p for p in graph.plates if p in b.plates)
-            terms.append(Term(b.axis, (*lead, *own, *nested.axes_of(blocks, b)), b.plates))
+            at = tuple(p for p in graph.plates if p in b.plates)
+            terms.append(Term(b.axis, (*lead, *at, *nested.axes_of(blocks, b)), b.plates))
     layout = Layout(
         plates=plates,
         sizes={**sizes, **({RESTART: restarts} if restarts else {})},
@@ -292,6 +302,22 @@ def lower(
     added = {name: array for name, (_, array) in setting.arrays.items()}
     lowered = whole.finish(outputs)
     return _Made(tuple(terms), lowered, tuple(singles), inputs, layout, added)
+
+
+def _order(graph: Graph, blocks: Sequence[Block], first: bool) -> tuple[str, ...]:
+    """Plates and particle axes in the order that they stand in memory, see :func:`_particles_first`.
+
+    Where particles go first, chains have time and states in front of all, as a scan of few states reads them.
+    """
+    # Nested particles stand behind those of their parents, as they are drawn.
+    axes = [b.axis for b in sorted(blocks, key=lambda b: b.is_nested)]
+    before = [a + "'" for a in axes]
+    if not first:
+        return (*graph.plates, *axes, *before)
+    along = [p for p in graph.plates if any(b.chain == p for b in blocks)]
+    states = [b.axis for b in blocks if b.chain]
+    front = [*along, *(a + "'" for a in states), *states]
+    return tuple(dict.fromkeys([*front, *axes, *before, *graph.plates]))
 
 
 def _particles_first(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +17,13 @@ from torch import Tensor
 
 from ppl.backend import Info, Settings
 from ppl.binding import Bound
-from ppl.inference.particles import moments, results
-from ppl.inference.particles.approximation import Approximation
-from ppl.inference.particles.blocks import Block
+from ppl.inference.particles import moments, results, signs
+from ppl.inference.particles import problem as particle_problem
+from ppl.inference.particles.approximation import Approximation, ordinary
+from ppl.inference.particles.blocks import Block, make_blocks
 from ppl.inference.particles.conditional import update_all
 from ppl.inference.particles.estep import Evaluated, Weights, draw_in_parts, evaluated, weigh
+from ppl.inference.particles.forms import Sites
 from ppl.inference.particles.params import learn
 from ppl.inference.particles.pilot import refined, wants_pilot
 from ppl.inference.particles.problem import Problem, prepare_particles
@@ -46,8 +49,14 @@ _CALM = 0.4  # effective share within plates from which the step there falls
 _FOLLOWING = 0.1  # least step within plates while it is
 _SMOOTH = 0.1  # share of an iteration's exponent in their average
 _RISE = 1.5  # factor by which the average must grow to count as a rise
+_SETTLED = 14  # iterations without a rise at which a run with sites ends
+_HASTE = 4  # the same after which the step has halved, of runs with sites
 _PATIENCE = 12  # iterations without a rise after which the exponent counts as settled
 COLLAPSED = 0.02  # share below which the bridge comes down again
+# Where iterations are dear, and the last weighting is the cheaper way to what they would still gain.
+_SUFFICES = 4  # iterations on the posterior itself that are enough
+_AFAR = 1 / 32  # where the search for the bridge begins
+_BRISK = 0.4  # step on the posterior itself
 _SAGGING = 0.08  # share below which the next iteration is tempered again
 
 
@@ -63,6 +72,7 @@ class State(NamedTuple):
     peak: float = 0.0  # the same when it rose last
     risen: int = 0  # iteration of that
     calm: int = 0  # iterations whose weights within plates were the posterior's own, and many of them effective
+    trail: Tensor | None = None  # average of the last iterations' proposals, where they are dear
 
 
 def prepare(bound: Bound, options: QEM, settings: Settings) -> Problem:
@@ -71,10 +81,19 @@ def prepare(bound: Bound, options: QEM, settings: Settings) -> Problem:
     Raises:
         UnsupportedError: the plan does not fit the memory budget, or an option of ``infer`` is not supported.
     """
+    options = signs.with_signs(bound, options, settings)
     problem = prepare_particles(bound, options, settings, settings.max_iters or _ITERATIONS)
     if options.final_particles is not None:
         results.check_last(problem)
     return refined(problem, init, step) if wants_pilot(problem) else problem
+
+
+def describe(bound: Bound, options: QEM, settings: Settings) -> str:
+    """One line for ``explain``, see :func:`ppl.inference.particles.problem.describe`, with what is chosen for unknown signs."""
+    chosen = signs.with_signs(bound, options, settings)
+    text = particle_problem.describe(bound, chosen, settings)
+    names = signs.mirrored_names(make_blocks(bound.graph, chosen)) if chosen is not options else ()
+    return f"{text}; signs of {', '.join(names)} are not known" if names else text
 
 
 def init(problem: Problem) -> State:
@@ -85,11 +104,22 @@ def init(problem: Problem) -> State:
 def _first_bridge(problem: Problem) -> float:
     """Where the search for the bridge begins: a weighting of a large plate is dear, and far from 1 it will be."""
     sizes = [problem.bound.size(p) for p in problem.bound.graph.plates]
+    if signs.is_slow(problem):
+        return _AFAR
     return min(1.0, _MANY / max(sizes, default=1))
 
 
 def step(problem: Problem, state: State, batch: Any = None) -> tuple[State, Info]:
     """One iteration."""
+    if state.q.params or not problem.weighting.takes_no_gradients:
+        return _step(problem, state)
+    with torch.inference_mode():  # a sixth of the time of a small operation
+        new, shown = _step(problem, state)
+    trail = None if new.trail is None else new.trail.clone()
+    return new._replace(q=ordinary(new.q), trail=trail), shown
+
+
+def _step(problem: Problem, state: State) -> tuple[State, Info]:
     weighting = problem.weighting
     particles = draw_in_parts(weighting, state.q, problem.settings.streams)
     here = evaluated(problem, weighting, particles, state.q)
@@ -112,8 +142,13 @@ def step(problem: Problem, state: State, batch: Any = None) -> tuple[State, Info
     rises = level > _RISE * state.peak
     peak, risen = (level, state.iteration) if rises else (state.peak, state.risen)
     count = state.calm + calm
-    new = State(q, bridge, crossed, state.iteration + 1, inner, level, peak, risen, count)
-    return new, info(_common(problem, new), weights)
+    trail, settled = signs.settled(problem, state.trail, q)
+    new = State(q, bridge, crossed, state.iteration + 1, inner, level, peak, risen, count, trail)
+    found = info(_common(problem, new), weights)
+    enough = stays and bridge == 1.0 and crossed >= _SUFFICES and settled
+    if _has_sites(problem):
+        enough = new.crossed > 10 or new.iteration - new.risen >= _SETTLED
+    return new, found._replace(done=found.done or enough)
 
 
 def _kept(share: float, crossed: int) -> tuple[float, int]:
@@ -128,7 +163,13 @@ def posterior(problem: Problem, state: State) -> Posterior:
     warnings = []
     if state.bridge < 1:
         warnings.append(f"the weights are still tempered (exponent {state.bridge:.2g} of 1)")
-    return results.posterior(problem, state.q, "qem", state.iteration, tuple(warnings))
+    last, q = signs.for_last(problem, state.q)
+    found = results.posterior(last, q, "qem", state.iteration, tuple(warnings))
+    names = signs.mirrored_names(problem.blocks)
+    if names:
+        notes = {**found.diagnostics.notes, "signs not known": names}
+        found.diagnostics = replace(found.diagnostics, notes=notes)
+    return found
 
 
 def _averaged(
@@ -173,9 +214,11 @@ def _steps(problem: Problem, state: State, stays: bool, calm: bool) -> tuple[flo
     Where the weights within plates are the posterior's own already, noise of their many proposals adds up in what they say of the
     rest, so their averages begin to settle; they still follow the rest.
     """
-    options, share = problem.options, _stride(state)
+    options, share = problem.options, _stride(state, _has_sites(problem))
     if stays or state.crossed:  # one lucky crossing does not undo what has been averaged
         asked = options.step_at(state.crossed)
+        if options.step == "schedule" and signs.is_slow(problem):
+            return _BRISK, _BRISK
         share = min(asked, share) if options.step == "schedule" else asked
         return share, share
     if not calm:
@@ -183,8 +226,15 @@ def _steps(problem: Problem, state: State, stays: bool, calm: bool) -> tuple[flo
     return share, min(share, max(options.step_at(state.calm), _FOLLOWING))
 
 
-def _stride(state: State) -> float:
+def _has_sites(problem: Problem) -> bool:
+    """Whether long vectors have sites, so that a run ends on tempered weights and had better settle there soon."""
+    return any(isinstance(b.form, Sites) for b in problem.blocks)
+
+
+def _stride(state: State, ends_soon: bool) -> float:
     """Step while the weights are tempered; once their exponent no longer rises it falls, so that averages settle."""
+    if ends_soon:
+        return _STRIDE / (1 + (state.iteration - state.risen) / _HASTE)
     return _STRIDE * (1 + (state.iteration - state.risen) / _PATIENCE) ** -0.6
 
 
@@ -205,10 +255,15 @@ def cross(
 
 
 def _common(problem: Problem, state: State) -> State:
-    """The state without the blocks that only this process holds: all must decide alike when to stop."""
-    if problem.weighting.share is None:
+    """The state without what is not watched: sites, which follow their parents, and what only this process holds.
+
+    All processes must decide alike when to stop.
+    """
+    own = {b.axis for b in problem.blocks if isinstance(b.form, Sites)}
+    if problem.weighting.share is not None:
+        own |= {b.axis for b in inner_blocks(problem.weighting)}
+    if not own:
         return state
-    own = {b.axis for b in inner_blocks(problem.weighting)}
     proposals = {a: p for a, p in state.q.proposals.items() if a not in own}
     return state._replace(q=Approximation(proposals, state.q.params))
 
@@ -217,14 +272,10 @@ def _common(problem: Problem, state: State) -> State:
 
 
 def info(state: State, weights: Weights) -> Info:
-    ess = [
-        w.square().sum(-1).reciprocal_().median()
-        for a, w in weights.marginals.items()
-        if a in state.q.proposals
-    ]
+    ess = [weights.effective(a) for a in weights.marginals if a in state.q.proposals]
     metrics = {
         "log_evidence": float(weights.log_z.max()) if state.bridge == 1.0 else math.nan,
-        "ess": float(torch.stack(ess).min()) if ess else math.inf,
+        "ess": math.nan if any(map(math.isnan, ess)) else min(ess, default=math.inf),
         "bridge": state.bridge,
     }
     watch, unit = _watch(state)
@@ -240,11 +291,11 @@ def info(state: State, weights: Weights) -> Info:
 
 def _watch(state: State) -> tuple[Tensor | None, Tensor | None]:
     """Locations and log spreads of everything that is learned, and the spread to measure their change by."""
-    means, sds, parts, units = [], [], [], []
+    means, variances, parts, units = [], [], [], []
     for proposal in state.q.proposals.values():
         if proposal.joint is not None:
             means.append(_some(proposal.joint.mean))
-            sds.append(_some(proposal.joint.sd))
+            variances.append(_some(proposal.joint.variance))
         for family in proposal.families.values():
             parts += [_some(m) for m in family]
             units += [_some(m).abs().clamp(min=1e-12) for m in family]
@@ -252,7 +303,7 @@ def _watch(state: State) -> tuple[Tensor | None, Tensor | None]:
         parts.append(learned.free.reshape(-1))
         units.append(torch.full_like(parts[-1], 0.1))
     if means:
-        sd = torch.cat(sds)
+        sd = torch.cat(variances).sqrt_()
         parts += [torch.cat(means), sd.log()]
         units += [sd, torch.ones_like(sd)]
     return (torch.cat(parts), torch.cat(units)) if parts else (None, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,17 +18,21 @@ class QEM(ParticleOptions):
         step: share of the new moments in the average: ``"schedule"``, a constant, or a function of the iteration.
         bridge: temper the posterior while its effective sample size is low.
         variance_correction: divide variances by ``1 - sum(w^2)``; helps with few particles, hurts elsewhere.
+        stratified: particles within plates, where a few for each of many elements must do, are drawn one from each of as many
+            shares of their proposal: less noise at the same cost. False draws them one by one, as the source does; by default
+            that goes with the bridge.
         distribute: a plate whose elements are spread over the processes of ``torch.distributed``, started by torchrun.
         **others: those of :class:`ParticleOptions`: ``particles``, ``groups``, ``q``, ``start``, ``joint_up_to``,
             ``paths_up_to``, ``enumerate_up_to``, ``final_particles``, ``tails``, ``replicates``, ``chains``.
 
-    Source: [Heap2025]; the bridge and joint blocks are additions.
+    Source: [Heap2025]; the bridge, joint blocks and stratified particles [McKay1979] are additions.
     """
 
     start: Start = "auto"
     step: str | float | Any = "schedule"
     bridge: bool = True
     variance_correction: bool = False
+    stratified: bool | None = None
     distribute: str | None = None
 
     def __post_init__(self) -> None:
@@ -39,14 +44,29 @@ class QEM(ParticleOptions):
             )
         if isinstance(self.step, (int, float)) and not 0 < self.step <= 1:
             raise ModelError(f"QEM(step=...): a constant step lies in (0, 1], got {self.step!r}.")
-        for option in ("bridge", "variance_correction"):
+        for option in ("bridge", "variance_correction", "stratified"):
             value = getattr(self, option)
-            if not isinstance(value, bool):
+            if not isinstance(value, bool) and (option, value) != ("stratified", None):
                 raise ModelError(f"QEM({option}=...): expected True or False, got {value!r}.")
         if not (self.distribute is None or isinstance(self.distribute, str)):
             raise ModelError(
                 f"QEM(distribute=...): expected the name of a plate, got {self.distribute!r}."
             )
+
+    def stratifies(self, plates: Sequence[str]) -> bool:
+        """Within plates: the noise of many elements adds up in what they say of the rest.
+
+        >>> QEM().stratifies(("school",)), QEM().stratifies(())
+        (True, False)
+        """
+        asked = self.bridge if self.stratified is None else self.stratified
+        return asked and bool(plates)
+
+    @property
+    def wants_sites(self) -> bool:
+        """Where the weights may be tempered, and neither counts nor proposals were chosen by hand."""
+        chosen = self.particles is not None or self.distribute is not None
+        return self.bridge and self.joint_up_to > 0 and not chosen
 
     def step_at(self, t: int) -> float:
         """Share of the new moments at iteration ``t`` = 0, 1, ... since the bridge was crossed.

@@ -30,6 +30,7 @@ from ppl import (
     mean,
     model,
     observe,
+    operations,
     pick,
     plate,
     shift,
@@ -437,6 +438,29 @@ def test_three_levels_of_plates() -> None:
     made = setting(
         nested, {"region": [1, 0, 1], "county": [0, 1, 2, 2, 1]}, {"x": ("k0",), "z": ("k1",)}
     )
+    made.check_expressions()
+
+
+@pytest.mark.parametrize("few", [0, 4096])  # as a matrix product, and as they are
+def test_sums_of_products_of_vectors_equal_a_loop_over_elements(few: int, monkeypatch) -> None:
+    monkeypatch.setattr(operations, "_FEW", few)
+    size = 5
+
+    @model
+    def products() -> None:
+        house, room = plate("house", size), plate("room", 4)
+        w = latent("w", Normal(0.0, 1.0), shape=3)
+        with house:
+            v = latent("v", Normal(0.0, 1.0), shape=3)
+        with room:
+            u = latent("u", Normal(0.0, 1.0), shape=3)
+            deterministic("apart", (w * u).sum(-1))
+            with house:
+                deterministic("both", (u * v).sum())
+                deterministic("third", 2.0 * (v * w).sum(dim=0) + (w * u * v).sum(-1))
+                deterministic("own", (v * v).sum(-1))
+
+    made = setting(products, None, {"w": ("k0",), "v": ("k1",)})
     made.check_expressions()
 
 

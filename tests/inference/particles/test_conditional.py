@@ -182,7 +182,7 @@ def log_evidence_of_the_switch():
     ids=str,
 )
 def test_the_evidence_is_unbiased_with_discrete_parents(q):
-    repeats = 4000
+    repeats = 16_000  # the ratios have heavy tails
     problem, state = fitted(switched, SWITCHED, particles=30, q=q, iterations=30)
     wide = torch.utils._pytree.tree_map(
         lambda t: t.expand(repeats, *t.shape) if isinstance(t, torch.Tensor) else t, state.q

@@ -5,17 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ppl import Gamma, ModelError, Normal, Poisson, given, latent, model, observe, plate
+from ppl import Gamma, ModelError, Normal, latent, model, observe, plate
 from ppl.backend import Settings
 from ppl.inference.qem import QEM, init, prepare, step
 from ppl.streams import Streams
-
-
-@model
-def rates():
-    with plate("day"):
-        rate = latent("rate", Gamma(2.0, given("pace")))
-        observe("count", Poisson(rate))
+from tests.small_programs import rates
 
 
 @model

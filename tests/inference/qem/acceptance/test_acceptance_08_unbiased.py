@@ -174,12 +174,15 @@ def series():
         observe("y", Normal(x, NOISE))
 
 
+@pytest.mark.parametrize("stratified", [False, True])
 @pytest.mark.parametrize("form", ["independent", "given the state before"])
-def test_08_unbiased_for_a_series(form):
+def test_08_unbiased_for_a_series(form, stratified):
     exact = autoregression_smoother(Y, 0.8, 0.7, NOISE, 0.5, 1.5)
-    made = partial(QEM, joint_up_to=0 if form == "independent" else 6, bridge=False)
+    joint = 0 if form == "independent" else 6
+    made = partial(QEM, joint_up_to=joint, bridge=False, stratified=stratified)
     problem = prepare(series.bind({"y": Y}), made(particles=2), Settings(Streams(0)))
     assert (problem.blocks[0].form is None) == (form == "independent")
+    assert problem.blocks[0].stratified == stratified
     check_mean(repeated(series, made, exact.log_evidence))
 
 
