@@ -90,15 +90,20 @@ def _apply(
     return Operand(slot, axes, len(node.event_shape))
 
 
-def _pointwise(c: Compiler, node: Node, operands: list[Operand]) -> Operand:
+def _pointwise(
+    c: Compiler,
+    node: Node,
+    operands: list[Operand],
+    of: Callable[[Any], Operand] | None = None,
+) -> Operand:
     # Tensor constants take part in the broadcasting of events; Python numbers pass as they are.
     event = len(node.event_shape)
-    axes = c.joint_axes(operands, node.plates)
+    axes = c.joint_axes(operands, node.plates if of is None else ())
     slots: list[int] = []
 
     def place(leaf: Any) -> Any:
         if isinstance(leaf, (Ref, Tensor)):
-            slots.append(c.place(c.operand(leaf), axes, event))
+            slots.append(c.place((of or c.operand)(leaf), axes, event))
             return Ref(len(slots) - 1)
         return _in_dtype(c, leaf)
 
@@ -328,11 +333,40 @@ def _cut(c: Compiler, x: Operand) -> Operand:
 
 
 def _pick(c: Compiler, node: Node) -> Operand:
-    x, position = c.whole(node.args[0], node.name), node.args[1]
-    _refuse_edges(node, x)
-    at = x.axes.index(node.name)
-    rest = tuple(a for a in x.axes if a != node.name)
+    return _element(c, node, node.args[0])
+
+
+def _element(c: Compiler, pick: Node, item: Any) -> Operand:
+    """One element along the plate of a pick.
+
+    Of a pointwise call it is the call of one element of each argument, so that combinations of particles are made for that
+    element alone.
+    """
+    plate, position = pick.name, pick.args[1]
+    node = c.graph.nodes[item.id] if isinstance(item, Ref) else None
+    if node is not None and _is_elementwise(c, node, plate):
+
+        def of(leaf: Any) -> Operand:
+            varies = isinstance(leaf, Ref) and plate in c.graph.nodes[leaf.id].plates
+            return _element(c, pick, leaf) if varies else c.operand(leaf)
+
+        operands = [of(Ref(i)) for i in node.operands()]
+        return _pointwise(c, node, operands, of)._replace(edges=joint_edges(operands))
+    x = c.whole(item, plate)
+    _refuse_edges(pick, x)
+    at = x.axes.index(plate)
+    rest = tuple(a for a in x.axes if a != plate)
     return Operand(c.emit(lambda t: t.select(at, position), x.slot), rest, x.event_ndim, x.edges)
+
+
+def _is_elementwise(c: Compiler, node: Node, plate: str) -> bool:
+    """Whether a node is a pointwise call of values that vary over the plate itself, or over none of those it lies within."""
+    known = node.op == "call" and node.name in operations.POINTWISE and c.rules == "all"
+    if not known or node.name == "dropout" or node.id in c.replaced or hasattr(node.func, "lower"):
+        return False
+    inputs = [c.graph.nodes[i] for i in node.operands()]
+    related = {*c.ancestors(plate), plate}
+    return all(plate in n.plates or not related & set(n.plates) for n in inputs)
 
 
 def _shift(c: Compiler, node: Node) -> Operand:

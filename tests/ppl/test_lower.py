@@ -514,6 +514,38 @@ def _shifted() -> None:
         factor("corner", Normal(pick(ahead, site=1), 0.5), at=0.2)
 
 
+def _corners() -> None:
+    scale = latent("scale", Normal(0.0, 1.0))
+    with plate("site", 4):
+        level = latent("level", Normal(0.0, 1.0))
+        with plate("visit", 3):
+            x = latent("x", Normal(0.0, 1.0), shape=2)
+            grown = torch.exp(scale * x) + level / 2 - 1.0
+        bent = torch.tanh(scale * level) + 3.0
+        deterministic("visit", pick(grown, visit=-1))
+    deterministic("site", pick(bent, site=2))
+
+
+@pytest.mark.parametrize("rules", ["all", "vmap"])
+def test_an_element_of_a_pointwise_value(rules: str) -> None:
+    samples = {"scale": ("k0",), "level": ("k1",), "x": ("k1",)}
+    setting(_corners, samples=samples).check_expressions(rules)
+
+
+def test_one_element_alone_is_evaluated() -> None:
+    """Combinations of all elements' particles would be made for nobody."""
+    made = setting(_corners, samples={"scale": ("k0",), "level": ("k1",)})
+    compiler = made.compiler()
+    out = compiler.operand(made.graph.factors["site"].value)
+    lowered, slots = compiler.finish([out]), {}
+    for name, slot in lowered.inputs.items():
+        slots[slot] = made.arrays[name]
+    for step in lowered.steps:
+        constants = dict(enumerate(lowered.base))
+        slots[step.out] = step.run(*[slots.get(i, constants[i]) for i in step.inputs])
+    assert max(t.numel() for t in slots.values()) == 4 * 3  # level itself, not 2 x 3 x 4
+
+
 @pytest.mark.parametrize(
     "name", ["smooth", "back", "twice", "there", "curvature", "level", "corner"]
 )
