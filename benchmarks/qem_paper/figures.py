@@ -139,7 +139,8 @@ def _smooth(values: Sequence[float]) -> np.ndarray:
 def _cut(axis: Any) -> None:
     """Leave the first steps of a bad start out of the picture: what counts is near the end."""
     lines = [line.get_ydata() for line in axis.get_lines() if len(line.get_ydata()) > 2]
-    values = np.concatenate([np.asarray(y, dtype=float)[len(y) // 20 :] for y in lines])
+    tails = [np.asarray(y, dtype=float)[len(y) // 20 :] for y in lines]
+    values = np.concatenate([np.zeros(0), *tails])  # a run may have been scored nowhere
     values = values[np.isfinite(values)]
     if len(values):
         low, high = values.min(), values.max()

@@ -132,6 +132,13 @@ def test_runs_that_are_kept_are_not_made_again(tmp_path, monkeypatch, capsys):
     assert kept.read_text() == lines and len(lines.splitlines()) == 4  # run, timing, two versions
 
 
+def test_a_run_that_was_scored_nowhere_is_drawn(tmp_path):
+    figures = importlib.import_module("benchmarks.qem_paper.figures")
+    trace = runs.Trace([-9.0, -8.0, -7.5, -7.2], [0.1, 0.2, 0.3, 0.4], {}, {})
+    figures.curves("radon_counties", {"qem": [trace]}, 3, tmp_path / "curves.png", None)
+    assert (tmp_path / "curves.png").stat().st_size > 0
+
+
 def test_defaults_are_measured_at_the_particles_of_the_paper():
     """Their own number of particles is another, and their weights are tempered at first."""
     trace = runs.run(SMALL, "qem default", 3, 4, 0, every=0)
